@@ -58,7 +58,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
 GPU_BUILD := build/gpu
 
 .PHONY: help env dev serve test test-all $(GROUPS:%=test-%) lint format \
-  bench bench-peers clients front-door chaos lm-eval sglang-tests vllm-tests \
+  bench bench-agrees bench-peers clients front-door chaos lm-eval sglang-tests vllm-tests \
   native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
@@ -160,10 +160,11 @@ front-door: dev ## Sends hostile requests, 10^5 fuzzed ones and SIGTERM to a ser
 chaos: dev ## Kills, stops and slows a server's processes under load: ARGS="--minutes 15".
 	@$(BIN)/python -m benchmark.chaos $(ARGS)
 
-# Environments of their own: they want other versions of what CrossPool needs. Evaluation sees the
-# project's environment, for transformers.
+# Environments of their own: they want other versions of what CrossPool needs. Evaluation and
+# GuideLLM see the project's environment, for torch and transformers.
 CLIENTS = $(VENV)/clients
 EVALUATION = $(VENV)/lm-eval
+GUIDELLM = $(VENV)/guidellm
 SUITES = $(abspath $(VENV))/conformance
 
 $(CLIENTS)/.made: requirements/clients.txt | env
@@ -172,12 +173,12 @@ $(CLIENTS)/.made: requirements/clients.txt | env
 	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
 	@touch $@
 
-$(EVALUATION)/.made: requirements/lm-eval.txt | env
-	@echo "==> lm-evaluation-harness in $(EVALUATION)"
-	@$(BIN)/python -m venv $(EVALUATION)
+$(EVALUATION)/.made $(GUIDELLM)/.made: $(VENV)/%/.made: requirements/%.txt | env
+	@echo "==> $* in $(@D)"
+	@$(BIN)/python -m venv $(@D)
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	  >$$($(EVALUATION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/crosspool.pth
-	@$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	  >$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/crosspool.pth
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
 	@touch $@
 
 $(SUITES)/.made: requirements/conformance-nodeps.txt | dev
@@ -189,6 +190,9 @@ clients: $(CLIENTS)/.made ## Tries clients of other projects against a server.
 
 lm-eval: $(EVALUATION)/.made ## Compares lm-evaluation-harness's figures with transformers'.
 	@$(BIN)/python -m benchmark.conformance.lm_eval --python $(EVALUATION)/bin/python $(ARGS)
+
+bench-agrees: $(GUIDELLM)/.made ## Compares crosspool bench with bench_serving and GuideLLM.
+	@$(BIN)/python -m benchmark.bench_agrees --guidellm $(abspath $(GUIDELLM))/bin/python $(ARGS)
 
 sglang-tests: $(SUITES)/.made ## Runs SGLang's own tests over servers: ARGS="--checkout FOLDER".
 	@PYTHONPATH=$(SUITES) $(BIN)/python -m benchmark.conformance.sglang $(ARGS)

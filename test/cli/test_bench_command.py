@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crosspool.cli.main import run
+from crosspool.config.process import die_with_parent
 from support.paced_server import KEY, Paced
 
 
@@ -64,6 +69,40 @@ def test_a_trace_is_replayed(server: Paced, tmp_path: Path) -> None:
     assert arrivals == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     assert [r["wanted_prompt_tokens"] for r in made["requests"]] == [5, 6, 7, 8, 9]
     assert any("1 of 6 requests are longer" in note for note in made["notes"])
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    """The first requests are over when SIGINT comes, the last have not been sent, and those
+    between have had some tokens."""
+    out = tmp_path / "out.json"
+    words = ["--model", "a", "--rate", "50", "--requests", "5000", "--out", str(out)]
+    words += ["--dataset", "random:prompt=4,output=50"]
+    with Paced(first=0.01, gap=0.02, models=("a",)) as paced:
+        command = [sys.executable, "-m", "crosspool.cli.main", "bench", paced.url, *words]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not any(len(times) == 50 for _, _, times in list(paced.sent)):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            told, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    made = json.loads(out.read_text())
+    sent, failed = len(made["requests"]), made["all"]["failed"]
+    assert made["interrupted"] and 0 < made["all"]["complete"] < sent < 5000
+    assert failed == {"interrupted": sent - made["all"]["complete"]}
+    assert "The run was interrupted" in told and "TTFT" in told
+    (line,) = error.splitlines()
+    assert line == f"interrupted: {sent} of 5000 requests were sent; {out} has them"
 
 
 def test_a_run_without_an_output_fails(server: Paced, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from crosspool.config import sglang_names
 from crosspool.config.deployment import ConfigError, ModelConfig
 from crosspool.models.config_file import read_json
+from crosspool.observability.request_spans import MODULES
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _CHAT_FIELDS = ("name", "sep_style", "system", "user", "assistant", "stop_str")
@@ -49,6 +51,12 @@ def check_server_arguments(server: Mapping[str, Any]) -> None:
         level = server.get(key)
         if level is not None and level.lower() not in _LOG_LEVELS:
             raise ConfigError(f"{key}: {level!r} is not one of {', '.join(_LOG_LEVELS)}")
+    if server.get("enable_trace"):
+        _check_tracing()
+    else:
+        for key in ("otlp_traces_endpoint", "otlp_service_name"):
+            if server.get(key) is not None:
+                raise ConfigError(f"{key}: it says where traces go: give enable_trace, too")
     for target in server.get("log_requests_target") or ():
         if target != "stdout":
             _check_log_folder(Path(target))
@@ -169,6 +177,19 @@ def _named_templates(folder: Path) -> set[str]:
     elif template is not None:
         names.add("default")
     return names
+
+
+def _check_tracing() -> None:
+    """Raises ConfigError where OpenTelemetry is not installed."""
+    for module in MODULES:
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:  # of a package above it
+            found = None
+        if found is None:
+            raise ConfigError(
+                f"enable_trace: {module} is not installed; pip install 'crosspool[otel]'"
+            )
 
 
 def _check_log_folder(folder: Path) -> None:

@@ -81,6 +81,8 @@ def run(words: Sequence[str], prog: str) -> int:
     except BenchError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first request
+        return 130
 
 
 def _compare(words: Sequence[str], prog: str) -> int:
@@ -296,6 +298,11 @@ async def _bench(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot_results({endpoint.url: made}, arguments.plot)
     if made.interrupted:
+        where = "" if arguments.out is None else f"; {arguments.out} has them"
+        print(
+            f"interrupted: {len(made.requests)} of {len(workload)} requests were sent{where}",
+            file=sys.stderr,
+        )
         return 130
     return 0 if made.all.complete else 1
 

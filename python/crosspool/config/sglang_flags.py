@@ -78,6 +78,13 @@ FLAGS: tuple[Option, ...] = (
         ("enable_cache_report", bool, "Report cached prompt tokens in the usage of a response."),
         ("allow_auto_truncate", bool, "Cut a prompt that is too long instead of refusing it."),
         ("enable_metrics", bool, "Show SGLang's own metrics beside CrossPool's on /metrics."),
+        ("enable_trace", bool,
+         "Send an OpenTelemetry trace of every request; needs pip install 'crosspool[otel]'."),
+        ("otlp_traces_endpoint", str,
+         "Collector to which traces go, by OTLP over gRPC, as HOST:PORT; localhost:4317 if none is "
+         "given."),
+        ("otlp_service_name", str,
+         "Name of the service in traces; OTEL_SERVICE_NAME or crosspool if none is given."),
         ("log_level", str, "Level of all loggers: debug, info, warning, error."),
         ("log_level_http", str, "Level of the HTTP server's logger."),
         ("log_requests", bool, "Log every request."),

@@ -17,6 +17,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
+from crosspool.frontend import private
 from crosspool.scheduler.request import (
     Finish,
     GenerateRequest,
@@ -129,6 +130,7 @@ def to_request(
         stream=message.stream,
         delivered=delivered,
         cache_namespace=(message.cache_salt or "", message.extra_key or ""),
+        traceparent=private.traceparent_of(message),
     )
 
 

@@ -23,6 +23,7 @@ import zmq
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
+from sglang.srt.observability.trace import extract_trace_headers, get_otlp_span_exporter
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
 
@@ -33,6 +34,7 @@ from crosspool.frontend.own_messages import (
     Resume,
     SchedulerReplaced,
 )
+from crosspool.observability.request_spans import RequestSpans, read_traceparent, shut_down
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -246,9 +248,49 @@ def sent_requests(
         for state in manager.rid_to_state.values()
         if not state.finished and hasattr(state, "crosspool_sent")
     ]
-    for message, _ in states:
-        message.time_stats = None  # an object that SGLang pickles for its own scheduler
+    for message, state in states:
+        carry_trace(message, state)
     return states
+
+
+# --- traces
+
+
+def carry_trace(message: io_struct.TokenizedGenerateReqInput, state: ReqState) -> None:
+    """Has the message bring the scheduler the name of the request's span, if it is traced, where
+    SGLang would bring its own scheduler a pickle with all that it has of the request's times."""
+    message.time_stats = None
+    trace = state.time_stats.trace_ctx
+    if trace.tracing_enable:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier, trace.root_span_context)
+        message.time_stats = io_struct.PickleWrapper(carrier["traceparent"].encode())
+
+
+def traceparent_of(message: io_struct.TokenizedGenerateReqInput) -> str | None:
+    """What :func:`carry_trace` has put into the message. An attached SGLang server brings its
+    pickle there, which nobody opens."""
+    carried = message.time_stats
+    return None if carried is None else read_traceparent(carried.data)
+
+
+def request_spans(endpoint: str, service: str) -> RequestSpans:
+    """Spans of requests on their way to the collector at ``endpoint``, as SGLang sends its own: by
+    gRPC or by HTTP, whichever ``OTEL_EXPORTER_OTLP_TRACES_PROTOCOL`` names."""
+    return RequestSpans(get_otlp_span_exporter(endpoint), service)
+
+
+def last_spans() -> None:
+    """Sends the spans that SGLang has made in this process and that wait, in some seconds at
+    most."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):  # it was begun by the first application
+        shut_down(provider)
 
 
 def abort(manager: TokenizerManager, request: io_struct.AbortReq) -> None:
@@ -272,6 +314,10 @@ def tells_of_ids(manager: _Manager) -> _Manager:
     take = manager._init_req_state  # type: ignore[attr-defined]
 
     def tell(self: Any, obj: Any, request: Any = None) -> None:
+        if self.enable_trace and request is not None:
+            # Before the parts of the request are made, which get it from there; and not what the
+            # body of a request says.
+            obj.external_trace_header = extract_trace_headers(request.headers)
         self.on_ids(obj)
         take(self, obj, request)
 

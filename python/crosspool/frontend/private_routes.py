@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import SchemaValidator
 from sglang.srt.observability.func_timer import enable_func_timer
+from sglang.srt.observability.trace import process_tracing_init
 from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 
@@ -32,6 +33,7 @@ _Handler = TypeVar("_Handler", bound=Any)
 large_body: ContextVar[bool] = ContextVar("large_body", default=False)
 """Whether the body of the current request is so large that tokenizing it can take long."""
 _enable_func_timer_once = functools.cache(enable_func_timer)
+_process_tracing_init_once = functools.cache(process_tracing_init)
 
 
 _spare_copies: list[Any] = []
@@ -74,6 +76,7 @@ def _http_server_copy(name: str) -> Any:
     module._wait_and_warmup = lambda **_: None
     module.add_prometheus_middleware = lambda _: None
     module.enable_func_timer = _enable_func_timer_once
+    module.process_tracing_init = _process_tracing_init_once
     app = module.app
     app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
     app.add_exception_handler(RequestValidationError, validation_errors.respond)

@@ -14,6 +14,7 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 from crosspool.frontend.model_folder import model_folder
 from crosspool.models.registry import has_recurrent_state
+from crosspool.observability.request_spans import service_name
 
 _NOT_QUANTIZED = '{"quantization_config": null, "compression_config": null}'
 """How the checkpoint is quantised concerns ranks alone. SGLang would refuse what it has no kernels
@@ -31,6 +32,8 @@ def server_args(deployment: Deployment, number: int) -> ServerArgs:
         flag = BY_NAME.get(name)
         if flag is None or flag.effect != "sglang":
             raise ConfigError(f"{model.name}: {name}: {reason_refused(name)}")
+    if arguments.get("enable_trace"):
+        arguments["otlp_service_name"] = service_name(arguments)
     arguments.update(
         model_path=str(model_folder(deployment, number)),
         served_model_name=model.name,

@@ -291,6 +291,7 @@ class PooledTokenizerManager(TokenizerManager):
         else:
             return self._told.note(message)
         for one in messages:
+            private.carry_trace(one, self.rid_to_state[one.rid])
             if text := field_types.message_problem(one):
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
             left = _logprobs_left.get()

@@ -172,6 +172,12 @@ class _Snapshot(Collector):
         ready = GaugeMetricFamily("crosspool_ready", "1 while requests are taken.")
         ready.add_metric([], float(self._status is not None and self._status.ready))
         yield ready
+        dropped = CounterMetricFamily(
+            "crosspool_spans_dropped", "Spans that will never reach the collector of traces."
+        )
+        if self._status is not None:
+            dropped.add_metric([], self._status.spans_dropped)
+        yield dropped
         yield from self._models(self._status.models if self._status else [])
         yield from self._residency(self._status.models if self._status else [])
         yield from self._requests()

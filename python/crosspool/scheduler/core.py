@@ -12,7 +12,7 @@ clock but the one it is given; the scheduler process feeds it and sends what it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import msgspec
@@ -135,8 +135,7 @@ class SchedulerCore(FleetControl):
             return
         now = self._clock()
         if result.refused:
-            for seq in rank.take_refusal(result):
-                self._queues[seq.model].give_back([seq])
+            self._give_back(rank.take_refusal(result), now)
             return
         flight = rank.land(result, now)
         if result.more:
@@ -175,9 +174,13 @@ class SchedulerCore(FleetControl):
         """Attention rank ``rank`` is gone with all its KV, cached prefixes and steps in flight.
         Its requests wait for a rank again, before all others and for as long as it takes; they
         are computed again from their tokens and go on with the next one."""
-        for seq in self._ranks[rank].lose():
-            self._queues[seq.model].give_back([seq])
+        self._give_back(self._ranks[rank].lose(), self._clock())
         self._messages = [(to, message) for to, message in self._messages if to != rank]
+
+    def _give_back(self, lost: Iterable[Sequence], now: float) -> None:
+        for seq in lost:
+            self._queues[seq.model].give_back([seq])
+            self._models[seq.model].times.lost(seq, now)
 
     def restore_attention_rank(self, rank: int) -> None:
         """Attention rank ``rank``, which was lost, is back; it knows nothing."""
@@ -326,12 +329,18 @@ class SchedulerCore(FleetControl):
         for seq in self._admission.admit():
             model = self._models[seq.model]
             model.counters.admit(seq)
+            self._look_at_wake(seq, now)
             model.times.admitted(seq, now)
             if not seq.replayed:
                 model.rates.admitted(seq.prompt_len, seq.cached, now)
             model.queue.moved(now)
         for queue in self._queues.values():
             queue.look(now)
+
+    def _look_at_wake(self, seq: Sequence, now: float) -> None:
+        """Notes in the timeline of a request that is traced how long its model has been waking."""
+        if seq.timeline is not None:
+            seq.timeline.saw_wake(self._residency.latest_wake(seq.model, now), now)
 
     def _launch_steps(self, now: float) -> None:
         lanes = self._options.lanes
@@ -357,6 +366,7 @@ class SchedulerCore(FleetControl):
         elif row.token >= 0:
             self._models[seq.model].counters.output_tokens += 1
             self._models[seq.model].rates.generated(now)
+            self._look_at_wake(seq, now)
             self._models[seq.model].times.sampled(seq, now)
             finish = seq.append(row.token, row.output)
 
@@ -372,8 +382,10 @@ class SchedulerCore(FleetControl):
             self._ranks[seq.rank].retire(seq)
         elif seq in self._models[seq.model].queue:
             self._models[seq.model].queue.remove(seq)
+        now = self._clock()
         self._models[seq.model].counters.end(finish)
-        self._models[seq.model].times.ended(seq, finish, self._clock())
+        self._look_at_wake(seq, now)
+        self._models[seq.model].times.ended(seq, finish, now)
         self._outputs.append(seq.output(finish))
 
     # --- output

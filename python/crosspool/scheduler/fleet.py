@@ -54,6 +54,8 @@ class FleetModel:
     sleeps: int = 0
     waking_seconds: float = 0.0
     last_wake_seconds: float | None = None
+    woken_at: float | None = None
+    """Time at which the last wake ended, well or not."""
 
     @property
     def devices(self) -> frozenset[int]:
@@ -98,8 +100,18 @@ class FleetModel:
         if self.wake_began is not None:
             self.last_wake_seconds = now - self.wake_began
             self.waking_seconds += self.last_wake_seconds
+            self.woken_at = now
         self.wake_began = None
         self.read.clear()
+
+    def latest_wake(self, now: float) -> tuple[float, float] | None:
+        """Beginning and end of the wake that is under way, which ends ``now``, or of the last one;
+        None where there was none."""
+        if self.wake_began is not None:
+            return self.wake_began, now
+        if self.woken_at is None or self.last_wake_seconds is None:
+            return None
+        return self.woken_at - self.last_wake_seconds, self.woken_at
 
     def drop(self) -> None:
         """It is not wanted any more."""

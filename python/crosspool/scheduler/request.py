@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crosspool.scheduler.request_timeline import RequestTimeline
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 
 
@@ -56,6 +57,9 @@ class GenerateRequest:
     new request."""
     cache_namespace: tuple[str, str] = ("", "")
     """SGLang's ``cache_salt`` and ``extra_key``; prefixes are shared only within one namespace."""
+    traceparent: str | None = None
+    """The span to which the request belongs, as W3C's Trace Context writes it; None where it is not
+    traced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +105,5 @@ class Output:
     """Log-probabilities of the prompt, in the first output only."""
     reasoning_tokens: int = 0
     """Output tokens so far that are thinking, its end included."""
+    timeline: RequestTimeline | None = None
+    """The phases of a request that is traced, in its last output only."""

@@ -8,17 +8,22 @@ from crosspool.scheduler.sequence import Sequence
 
 
 class RequestTimes:
-    """Fills a model's histograms. ``now`` is a time of the scheduler's clock."""
+    """Fills a model's histograms, and the timelines of its requests that are traced. ``now`` is a
+    time of the scheduler's clock."""
 
     def __init__(self) -> None:
         self.histograms = ModelHistograms()
 
     def admitted(self, seq: Sequence, now: float) -> None:
+        if seq.timeline is not None and not seq.replayed:
+            seq.timeline.enter("prefill", now)
         if seq.is_timed and not seq.replayed:
             self.histograms.queue_seconds.observe(now - seq.arrived)
 
     def sampled(self, seq: Sequence, now: float) -> None:
         """A token of the request has been sampled."""
+        if seq.timeline is not None:
+            seq.timeline.enter("decode", now)
         if not seq.is_timed:
             return
         if seq.sampled_at is None:
@@ -27,7 +32,14 @@ class RequestTimes:
             self.histograms.between_tokens_seconds.observe(now - seq.sampled_at)
         seq.sampled_at = now
 
+    def lost(self, seq: Sequence, now: float) -> None:
+        """The request is to be computed again from its tokens."""
+        if seq.timeline is not None:
+            seq.timeline.enter("replay", now)
+
     def ended(self, seq: Sequence, finish: Finish, now: float) -> None:
+        if seq.timeline is not None:
+            seq.timeline.end(now)
         if not seq.is_timed or finish.kind == "abort":
             return
         self.histograms.end_to_end_seconds.observe(now - seq.arrived)

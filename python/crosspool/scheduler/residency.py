@@ -412,6 +412,11 @@ class ResidencyPolicy:
         that a device has yet to read."""
         return self._held.stand_still(attention_device, in_flight)
 
+    def latest_wake(self, model: int, now: float) -> tuple[float, float] | None:
+        """Clock times of beginning and end of the model's latest wake, which ends at ``now`` as
+        long as it is under way; None where there was none, or it was given up."""
+        return self._models[model].latest_wake(now)
+
     def next_deadline(self) -> float:
         """Clock time at which :meth:`decide` may decide otherwise though nothing has happened."""
         return self._next

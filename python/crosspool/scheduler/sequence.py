@@ -8,6 +8,7 @@ import msgspec
 
 from crosspool.scheduler.prefix_cache import Entry, PageKeys
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
+from crosspool.scheduler.request_timeline import PhaseName, RequestTimeline
 from crosspool.scheduler.stopping import Stopping
 from crosspool.transport.messages import Logprobs, Open, Row, TokenLogprobs
 
@@ -69,6 +70,11 @@ class Sequence:
         """Whether what the request takes is counted."""
         self.sampled_at: float | None = None
         """Clock time at which its last token was sampled; None before the first."""
+        self.timeline: RequestTimeline | None = None
+        """None where the request is not traced."""
+        if request.traceparent is not None:
+            first: PhaseName = "queue" if request.delivered is None else "replay"
+            self.timeline = RequestTimeline(request.traceparent, first, arrived)
 
         self._keys = PageKeys(page_size)
         self._prompt_logprobs: list[TokenLogprobs] = []
@@ -243,6 +249,7 @@ class Sequence:
             reasoning_tokens=self.stopping.reasoning_tokens,
             output_logprobs=self._output_logprobs[: None if finish else count],
             prompt_logprobs=self._prompt_logprobs if self._first else [],
+            timeline=self.timeline if finish else None,
         )
         self._delivered += count
         self._output_logprobs = self._output_logprobs[count:]

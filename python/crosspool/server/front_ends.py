@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 from crosspool.config.deployment import Deployment
+from crosspool.frontend import private
 from crosspool.frontend.commands import (
     Abort,
     Command,
@@ -27,8 +28,10 @@ from crosspool.frontend.front_end import FrontEnd, FrontEndLost
 from crosspool.frontend.messages import Item, refusal, seeds, to_token_id_output
 from crosspool.frontend.server_args import port_args
 from crosspool.observability.bounded_log import BoundedLog
+from crosspool.observability.request_spans import OTLP_ENDPOINT, RequestSpans, service_name
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.request import Output
+from crosspool.scheduler.request_timeline import RequestTimeline
 
 log = logging.getLogger(__name__)
 bounded = BoundedLog(log)
@@ -39,9 +42,20 @@ MOST_ATTACHED = 64
 """Number of stock SGLang servers that can be attached at a time, for all models together."""
 
 
+def spans_of(deployment: Deployment) -> RequestSpans | None:
+    """Where spans of the deployment's requests go; None where requests are not traced. It begins a
+    thread, so nothing may be forked afterwards."""
+    arguments = deployment.sglang
+    if not arguments.get("enable_trace"):
+        return None
+    endpoint = arguments.get("otlp_traces_endpoint", OTLP_ENDPOINT)
+    return private.request_spans(endpoint, service_name(arguments))
+
+
 class FrontEnds:
     """Passes front ends' requests to ``core``. ``starting`` returns what the deployment waits for
-    before it takes requests, and None once it takes them."""
+    before it takes requests, and None once it takes them. ``spans``: None where requests are not
+    traced."""
 
     def __init__(
         self,
@@ -49,7 +63,9 @@ class FrontEnds:
         poller: zmq.Poller,
         deployment: Deployment,
         core: SchedulerCore,
+        *,
         starting: Callable[[], str | None],
+        spans: RequestSpans | None,
     ) -> None:
         self._context = context
         self._poller = poller
@@ -57,6 +73,7 @@ class FrontEnds:
         self._stream_intervals: dict[int, int] = {}
         self._core = core
         self._starting = starting
+        self._spans = spans
         self._deployment = deployment
         self._detokenizer = 1
         """Which of the deployment's detokenizers is there."""
@@ -258,6 +275,8 @@ class FrontEnds:
         rounds: dict[tuple[FrontEnd, int], list[Item]] = defaultdict(list)
         seen: dict[tuple[int, str], int] = defaultdict(int)
         for output in outputs:
+            if output.timeline is not None:
+                self._trace(output, output.timeline)
             key = (output.model, output.rid)
             front_end = self._owner.get(key)
             if output.finish is not None:
@@ -274,3 +293,17 @@ class FrontEnds:
                     front_end.to_detokenizer(to_token_id_output(items))
                 except FrontEndLost as error:
                     self._drop(front_end, str(error))
+
+    def _trace(self, output: Output, timeline: RequestTimeline) -> None:
+        if self._spans is None or output.finish is None:
+            return
+        attributes: dict[str, str | int] = {
+            "rid": output.rid,
+            "module": "crosspool::scheduler",
+            "gen_ai.request.model": self._names[output.model],
+            "gen_ai.usage.prompt_tokens": output.prompt_tokens,
+            "gen_ai.usage.completion_tokens": output.completion_tokens,
+            "gen_ai.usage.cached_tokens": output.cached_tokens,
+        }
+        error = output.finish.message if output.finish.kind == "abort" else None
+        self._spans.add(timeline.traceparent, timeline.phases, attributes, error)

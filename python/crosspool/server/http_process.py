@@ -134,6 +134,10 @@ class HttpProcess:
             for app in self._apps.apps:
                 await app.stop()
             self._context.destroy(linger=0)
+            if self._deployment.sglang.get("enable_trace"):
+                from crosspool.frontend import private
+
+                private.last_spans()
 
     async def _serve(self, server: _Server) -> None:
         if self._incarnation > 1:

@@ -124,7 +124,7 @@ ROUTES: tuple[RouteRule, ...] = (
         "/add_external_corpus", "/list_external_corpora", "/remove_external_corpus"),
     *_nobody("there is no torch profiler; POST /crosspool/trace/start records lane events",
         "/start_profile", "/stop_profile"),
-    *_nobody("spans are not traced; POST /crosspool/trace/start records lane events",
+    *_nobody("--enable-trace traces every request, and the client's traceparent says of which",
         "/set_trace_level"),
     *_nobody("parallelism follows from the pools' devices",
         "/dump_expert_distribution_record", "/is_scaling_elastic_ep", "/pd_role_switch",

@@ -21,7 +21,7 @@ from crosspool.config.process import freeze_heap
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
 from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
-from crosspool.server.front_ends import FrontEnds
+from crosspool.server.front_ends import FrontEnds, spans_of
 from crosspool.server.grammar_children import CompileLimits
 from crosspool.server.grammars import Grammars
 from crosspool.server.model_loader import ModelLoader
@@ -108,8 +108,11 @@ class SchedulerLoop:
             {number: tools.with_grammars(self._grammars, number) for number, tools in read.items()},
             time.monotonic,
         )
+        self._spans = spans_of(deployment)
         self._front_ends = FrontEnds(
-            self._context, self._poller, deployment, self._core, self._starting
+            *(self._context, self._poller, deployment, self._core),
+            starting=self._starting,
+            spans=self._spans,
         )
         self._loader = ModelLoader(
             self._core,
@@ -136,6 +139,8 @@ class SchedulerLoop:
         self._front_ends.send(self._core.drain_outputs())
         self._devices.broadcast(Shutdown(drain=self._failure is None))
         self._context.destroy(linger=500)
+        if self._spans is not None:
+            self._spans.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -404,6 +409,7 @@ class SchedulerLoop:
             message=self._failure or self._devices.progress,
             devices=self._devices.status(),
             incarnation=self._incarnation,
+            spans_dropped=0 if self._spans is None else self._spans.dropped,
         )
 
 

@@ -397,3 +397,5 @@ class Status(Snapshot, frozen=True, kw_only=True):
     devices: list[DeviceStatus]
     incarnation: int = 1
     """The scheduler's number among those that there have been, from 1 on. Each counts anew."""
+    spans_dropped: int = 0
+    """Spans of requests that will never reach the collector of traces."""
