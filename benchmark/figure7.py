@@ -50,7 +50,7 @@ from benchmark.figure7_report import Phase, plot, record, rows_of, table, verdic
 from benchmark.records import IMAGES
 from benchmark.server import Server
 from benchmark.usage import Usage
-from benchmark.workload import Request, poisson, random_prompt
+from benchmark.workload import Request, random_prompt
 
 MODELS = 2
 LAYERS = 4
@@ -84,12 +84,14 @@ class Plan:
         return Request(arrival, model, random_prompt(prompt, _VOCAB, rng), output)
 
     def load(self, rate: float, seed: Sequence[int]) -> list[Request]:
-        """Draw Poisson arrivals of ``rate`` per second for each model."""
+        """Draw arrivals of a Poisson process for each model, given that exactly as many come as
+        ``rate`` per second says, and at least one. Short loads then are what their name says."""
         rng = np.random.default_rng(seed)
+        count = max(1, round(rate * self.seconds))
         requests = [
             self.request(float(arrival), folder.name, rng)
             for folder in self.folders
-            for arrival in poisson(rate, self.seconds, rng)
+            for arrival in rng.uniform(0.0, self.seconds, count)
         ]
         return sorted(requests, key=lambda request: request.arrival)
 
