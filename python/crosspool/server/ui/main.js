@@ -43,7 +43,8 @@ async function look() {
 }
 
 function fail(error) {
-  const text = error instanceof api.ServerError ? error.message : "the server does not answer";
+  const text = error.message;
+  if (!(error instanceof api.ServerError)) console.error(error); // a mistake of this page
   if (text !== problem) events.add(text, "bad");
   problem = text;
   health("bad", text);
