@@ -331,7 +331,7 @@ class _Face:
         return f"{time.monotonic() - self._began:.1f} s"
 
     def greet(self) -> None:
-        """Prints the pools' tables and a line to try."""
+        """Prints the pools' tables, a line to try and the address of the page."""
         self._console.print()
         self._console.print(pools_tables(*self._rows))
         body = {
@@ -344,7 +344,8 @@ class _Face:
         key = " -H 'Authorization: Bearer KEY'" if "api_key" in self._deployment.sglang else ""
         self._console.print(
             f"curl {self._url}/v1/completions{key} -H 'Content-Type: application/json' \\\n"
-            f"  -d '{json.dumps(body)}'\n",
+            f"  -d '{json.dumps(body)}'\n\n"
+            f"or open {self._url}/ui in a browser.\n",
             markup=False,
             soft_wrap=True,
         )

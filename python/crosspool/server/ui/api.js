@@ -47,7 +47,12 @@ async function reason(response) {
 }
 
 export async function status() {
-  return (await ask("GET", "crosspool/status", { signal: AbortSignal.timeout(LOOK_MS) })).json();
+  const response = await ask("GET", "crosspool/status", { signal: AbortSignal.timeout(LOOK_MS) });
+  try {
+    return await response.json();
+  } catch {
+    throw new ServerError(0, "the server's answer broke off");
+  }
 }
 
 const place = (name) => `crosspool/models/${name.split("/").map(encodeURIComponent).join("/")}`;

@@ -25,7 +25,8 @@ export class Events {
     const before = this.before;
     this.before = status;
     if (before === null) {
-      this.add(`watching ${format.many(status.models.length, "model")} on ${format.many(status.devices.length, "device")}`);
+      const models = format.many(status.models.length, "model");
+      this.add(`watching ${models} on ${format.many(status.devices.length, "device")}`);
       return;
     }
     if (status.incarnation !== before.incarnation) {
@@ -45,8 +46,8 @@ export class Events {
       if (!old) continue;
       if (device.away_since !== null && device.away_since !== old.away_since)
         this.add(`device ${device.name} is away: ${device.away_cause}`, "bad");
-      if (device.restarts > old.restarts)
-        this.add(`device ${device.name} is back after ${format.seconds(device.seconds_away - old.seconds_away)}`, "good");
+      const away = format.seconds(device.seconds_away - old.seconds_away);
+      if (device.restarts > old.restarts) this.add(`device ${device.name} is back after ${away}`, "good");
     }
   }
 

@@ -23,11 +23,14 @@ function stateText({ residency }) {
   return `${text} ${format.share(residency.read_bytes / residency.total_bytes)}`;
 }
 
+/** In brackets stands what the weights would take, were they in memory. */
+const weightText = (model, size) => (isInMemory(model) ? size : `(${size})`);
+
 const COLUMNS = [
   ["State", stateText],
   ["Keep", (model) => model.residency.keep],
   ["KV", (model) => format.size(model.mapped_bytes)],
-  ["Weights", (model) => format.size(weightBytes(model)) + (isInMemory(model) ? "" : " on disk")],
+  ["Weights", (model) => weightText(model, format.size(weightBytes(model)))],
   ["Running", (model) => format.count(model.running)],
   ["Waiting", (model) => format.count(model.waiting)],
   ["Requests", (model) => format.count(model.requests)],
@@ -111,8 +114,9 @@ export class Fleet {
       this.rows.delete(name);
     }
     for (const model of models) {
-      if (!this.rows.has(model.name)) this.rows.set(model.name, new Row(model.name, (...order) => this.order(...order)));
-      this.rows.get(model.name).show(model);
+      let row = this.rows.get(model.name);
+      if (!row) this.rows.set(model.name, (row = new Row(model.name, (what, name) => this.order(what, name))));
+      row.show(model);
     }
     this.arrange();
   }

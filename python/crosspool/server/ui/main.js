@@ -43,7 +43,8 @@ async function look() {
 }
 
 function fail(error) {
-  const text = error instanceof api.ServerError ? error.message : "the server does not answer";
+  const text = error.message;
+  if (!(error instanceof api.ServerError)) console.error(error); // a mistake of this page
   if (text !== problem) events.add(text, "bad");
   problem = text;
   health("bad", text);
@@ -108,8 +109,9 @@ function draw() {
   const kv = byModel((sample, number) => sum(sample.kv.filter(isShown), (bytes) => bytes.get(number) ?? 0));
   const mapped = sum(shown, (rank) => rank.mapped_bytes);
   const budget = sum(shown, (rank) => rank.budget_bytes);
-  const chunks = `${format.count(sum(shown, (rank) => rank.mapped_chunks))} of ${format.count(sum(shown, (rank) => rank.budget_chunks))} chunks`;
-  charts.kv.draw("KV cache", `${format.size(mapped)} of ${format.size(budget)}, ${chunks}`, times, kv);
+  const [inUse, all] = ["mapped_chunks", "budget_chunks"].map((of) => format.count(sum(shown, (rank) => rank[of])));
+  const head = `${format.size(mapped)} of ${format.size(budget)}, ${inUse} of ${all} chunks`;
+  charts.kv.draw("KV cache", head, times, kv);
 
   const held = sum(weights, (use) => use.bytes);
   const bounds = weights.map((use) => use.budget_bytes);
@@ -145,12 +147,17 @@ function draw() {
 
 for (const id of ["kv-rank", "weights-by"]) byId(id).addEventListener("change", draw);
 
+let isRecording = false;
+
 byId("record").addEventListener("click", async () => {
-  if (!last) return;
+  if (!last || isRecording) return;
+  isRecording = true;
   try {
     await timeline.record(byId("timeline"), last.models, RECORDED_MS);
   } catch (error) {
     refused(error);
+  } finally {
+    isRecording = false;
   }
 });
 

@@ -9,9 +9,7 @@ const MERGED = 0.4; // spans that are nearer than this are drawn as one, in unit
 
 export async function record(place, models, ms) {
   const numbers = new Map(models.map((model) => [model.name, model.model]));
-  const events = await api.record(ms);
-  draw(place, events, numbers, ms);
-  return events.length;
+  draw(place, await api.record(ms), numbers, ms);
 }
 
 function draw(place, events, numbers, ms) {
@@ -24,7 +22,8 @@ function draw(place, events, numbers, ms) {
   const scale = WIDTH / Math.max(ms * 1e6, events.at(-1).end_ns - begin);
   const lanes = new Map();
   for (const event of events) {
-    const name = `${event.role} ${event.rank}, lane ${event.lane}${event.role === "ffn" ? ` of ${event.attention_rank}` : ""}`;
+    const of = event.role === "ffn" ? ` of ${event.attention_rank}` : "";
+    const name = `${event.role === "ffn" ? "FFN" : event.role} ${event.rank}, lane ${event.lane}${of}`;
     if (!lanes.has(name)) lanes.set(name, []);
     const spans = lanes.get(name);
     const [from, to] = [(event.start_ns - begin) * scale, (event.end_ns - begin) * scale];
@@ -37,6 +36,8 @@ function draw(place, events, numbers, ms) {
   place.replaceChildren(...lines, note);
 }
 
+const box = (from, to) => `M${from},0H${to}V${LINE}H${from}Z`;
+
 function line(name, spans, numbers) {
   const used = [...new Set(spans.map((span) => span.model ?? "a model that has gone"))];
   const svg = drawn("svg", {
@@ -47,7 +48,7 @@ function line(name, spans, numbers) {
   });
   for (const one of new Set(spans.map((span) => span.model))) {
     const own = spans.filter((span) => span.model === one);
-    const path = own.map(({ from, to }) => `M${from.toFixed(2)},0H${Math.max(to, from + MERGED).toFixed(2)}V${LINE}H${from.toFixed(2)}Z`);
+    const path = own.map(({ from, to }) => box(from.toFixed(2), Math.max(to, from + MERGED).toFixed(2)));
     const kind = numbers.has(one) ? colour(numbers.get(one)) : "c-other";
     svg.append(drawn("path", { class: `span ${kind}`, d: path.join("") }));
   }
