@@ -136,8 +136,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4, help="of the checkpoints (default 4)")
     parser.add_argument("--quick", action="store_true", help="tiny checkpoints, for a test")
     given = parser.parse_args(words)
-    folders = checkpoint.models(2, tiny=True) if given.quick else checkpoint.models(
-        2, layers=given.layers
+    folders = (
+        checkpoint.models(2, tiny=True)
+        if given.quick
+        else checkpoint.models(2, layers=given.layers)
     )
     source = f"python -m benchmark.calibrate --placement {given.placement}"
     write_costs(measure(folders, given.placement, source), given.out)

@@ -230,12 +230,12 @@ def simulated_figures(run: MeasuredRun, table: CostTable) -> Figures:
 def compare(raw: Raw) -> tuple[Recorder, Table, dict[str, CostTable]]:
     """Fit the host's times, simulate every run, and make the rows and the table."""
     tables = dict(raw.tables)
-    for name in tables:
+    for name, alone in raw.tables.items():
         own = [m for m in raw.runs if m.run["fits"] and placement(_run(m)) == name]
         if own:
             pairs = [(m, measured_figures(m)) for m in own]
             tables[name] = fitted(
-                tables[name],
+                alone,
                 [(measured, lambda t, m=m: simulated_figures(m, t)) for m, measured in pairs],  # type: ignore[misc]
             )
     recorder = Recorder("validation")
@@ -284,7 +284,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.again:
         raw = msgspec.json.decode(kept.read_bytes(), type=Raw)
     else:
-        folders = checkpoint.models(MODELS, tiny=given.quick, layers=None if given.quick else LAYERS)
+        folders = checkpoint.models(
+            MODELS, tiny=given.quick, layers=None if given.quick else LAYERS
+        )
         places = ("one",) if given.quick else ("one", "two")
         tables = {
             name: calibrate.measure(folders, name, f"python -m benchmark.validation ({name})")

@@ -48,6 +48,8 @@ class _Work:
     sampled: int
     earlier: int
     """Tokens before those of decoding rows, added up."""
+    ends_at: int
+    """Tokens up to the end of all rows, added up."""
     chunk_pairs: float
     """Pairs of a prompt chunk's token and a token before it."""
     start: float
@@ -62,6 +64,16 @@ class _Work:
     """Part of the step that is not done."""
     seconds: float = math.inf
     """What the whole step takes at the pace of now; without end while it waits."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another step of the lease follows this one."""
+        return self.lease > 1 and not self.recalled
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has no prompt chunk, so that the steps of its lease are alike."""
+        return self.tokens == len(self.results) and not self.chunk_pairs
 
     @property
     def ends(self) -> float:
@@ -100,7 +112,8 @@ class SimulatedEngine:
         self._places = Budgets.of(d, specs).places
         self._resident = initially_resident(d, specs)
         self.has = [
-            {m for m in self._resident if self._bytes(device, m)} for device in range(len(d.devices))
+            {m for m in self._resident if self._bytes(device, m)}
+            for device in range(len(d.devices))
         ]
         """Models of which each device has all its weights."""
         self._lost: set[int] = set()
@@ -131,12 +144,13 @@ class SimulatedEngine:
                     work.recalled = True
 
     def _work(self, rank: int, step: Step, start: float) -> _Work:
-        earlier, tokens, sampled, pairs = 0, 0, 0, 0.0
+        earlier, ends_at, tokens, sampled, pairs = 0, 0, 0, 0, 0.0
         for opened in step.opens:
             self._opened[rank, opened.request] = opened.prompt_len
         for row in step.rows:
             count = len(row.tokens)
             tokens += count
+            ends_at += row.start + count
             sampled += row.sample
             if count == 1 and row.start >= self._opened[rank, row.request]:
                 earlier += row.start
@@ -151,9 +165,19 @@ class SimulatedEngine:
             or (self._bytes(device, step.model) and step.model not in self.has[device])
         }
         return _Work(
-            rank, step.model, step.step, step.lease, results, tokens, sampled, earlier, pairs, start,
+            rank=rank,
+            model=step.model,
+            step=step.step,
+            lease=step.lease,
+            results=results,
+            tokens=tokens,
+            sampled=sampled,
+            earlier=earlier,
+            ends_at=ends_at,
+            chunk_pairs=pairs,
+            start=start,
             missing=missing,
-        )  # fmt: skip
+        )
 
     def forget(self, rank: int, requests: list[int]) -> None:
         """Requests are over."""
@@ -217,7 +241,7 @@ class SimulatedEngine:
             behind = self._behind[rank]
             for work in works:
                 ends = work.ends
-                if work.lease > 1 and not work.recalled and not behind:
+                if work.goes_on and work.decodes and not behind:
                     ends += (work.lease - 1) * work.seconds
                 first = min(first, ends)
         for work in self._coming:
@@ -253,9 +277,9 @@ class SimulatedEngine:
     def _end(self, rank: int, work: _Work, now: float) -> Landing:
         """Ends one step of ``work``, or as many of its lease as are over."""
         first = work.ends
-        goes_on = work.lease > 1 and not work.recalled
+        goes_on = work.goes_on
         steps = 1
-        if goes_on and not self._behind[rank]:
+        if goes_on and work.decodes and not self._behind[rank]:
             steps += int((now - first) / work.seconds + _ROUNDING)
         steps = min(steps, work.lease)
         time = min(first + (steps - 1) * work.seconds, now)
@@ -263,9 +287,13 @@ class SimulatedEngine:
         self._count(work, steps)
         if more:
             work.lease -= steps
-            work.earlier += steps * len(work.results)
+            reads = bool(self._models[work.model].costs.decode_read)
+            self._changed |= reads or not work.decodes
+            # The rows' next tokens are those that they have just yielded.
+            work.earlier = work.ends_at + (steps - 1) * len(work.results)
+            work.ends_at = work.earlier + len(work.results)
+            work.tokens, work.chunk_pairs = len(work.results), 0.0
             work.since, work.left = time, 1.0
-            self._changed |= bool(self._models[work.model].costs.decode_read)
         if not more or self._behind[rank]:
             self._at_work[rank].remove(work)
             self._changed = True

@@ -10,10 +10,10 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -82,6 +82,7 @@ def simulate(
     specs: Mapping[int, ModelSpec],
     costs: CostTable,
     requests: Sequence[SimulatedRequest],
+    *,
     losses: Iterable[Loss] = (),
     told: Callable[[int], None] = lambda over: None,
 ) -> Simulated:
@@ -90,7 +91,9 @@ def simulate(
 
     Raises ConfigError for models that fit into no pool, or of which the table has no costs, and for
     a loss of a device that there is not."""
-    return _Simulation(deployment, specs, costs, requests, losses, told).run()
+    simulation = _Simulation(deployment, specs, costs, requests, told=told)
+    simulation.plan(losses)
+    return simulation.run()
 
 
 class _Simulation:
@@ -100,7 +103,7 @@ class _Simulation:
         specs: Mapping[int, ModelSpec],
         costs: CostTable,
         requests: Sequence[SimulatedRequest],
-        losses: Iterable[Loss],
+        *,
         told: Callable[[int], None],
     ) -> None:
         self._now = 0.0
@@ -115,14 +118,12 @@ class _Simulation:
             gaps={number: Gaps() for number in deployment.models},
         )
         self._over = 0
-        self._running: dict[tuple[int, int], tuple[RequestOutcome, int]] = {}
+        self._running: dict[tuple[int, int], RequestOutcome] = {}
         """Outcomes of the requests that run, by attention rank and the scheduler's number."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
-        self._numbers = count()
         self._outcome_of: dict[int, RequestOutcome] = {}
         """Outcomes of the requests that have come, by their place in the workload."""
-        self._losses(losses)
 
     def run(self) -> Simulated:
         host, requests = self._host, self._requests
@@ -187,10 +188,9 @@ class _Simulation:
         for row in result.rows:
             if row.token < 0:
                 continue
-            running = self._running.get((rank, row.request))
-            if running is None:
+            outcome = self._running.get((rank, row.request))
+            if outcome is None:
                 continue
-            outcome = running[0]
             if outcome.tokens:
                 gaps.add(first - outcome.last)
             else:
@@ -227,8 +227,8 @@ class _Simulation:
             else:
                 engine.receive(rank, message, self._now)
                 for opened in getattr(message, "opens", ()):
-                    place = opened.sampling.seed
-                    self._running[rank, opened.request] = self._outcome_of[place], place
+                    outcome = self._outcome_of[opened.sampling.seed]
+                    self._running[rank, opened.request] = outcome
         for output in core.drain_outputs():
             if output.finish is not None:
                 self._end(int(output.rid), output.finish.status)
@@ -251,7 +251,8 @@ class _Simulation:
     def _at(self, time: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), act))
 
-    def _losses(self, losses: Iterable[Loss]) -> None:
+    def plan(self, losses: Iterable[Loss]) -> None:
+        """Has devices be lost and come back. Raises ConfigError for one that there is not."""
         names = [device.name for device in self._deployment.devices]
         for loss in losses:
             if loss.device not in names:
@@ -259,8 +260,8 @@ class _Simulation:
                     f"--lose {loss.device}: there is no such device, only {', '.join(names)}"
                 )
             device = names.index(loss.device)
-            self._at(loss.at, lambda device=device: self._lose(device))  # type: ignore[misc]
-            self._at(loss.at + loss.seconds, lambda device=device: self._restore(device))  # type: ignore[misc]
+            self._at(loss.at, partial(self._lose, device))
+            self._at(loss.at + loss.seconds, partial(self._restore, device))
 
     def _ranks(self, device: int) -> tuple[list[int], list[int]]:
         """The attention ranks and the FFN ranks of a device."""
@@ -290,13 +291,3 @@ class _Simulation:
             self._core.restore_attention_rank(rank)
         for rank in ffn:
             self._core.restore_ffn_rank(rank)
-
-
-def outputs_by_model(
-    requests: Sequence[SimulatedRequest], outcomes: Sequence[RequestOutcome]
-) -> dict[int, list[tuple[SimulatedRequest, RequestOutcome]]]:
-    """Requests with their outcomes, by model."""
-    found: dict[int, list[tuple[SimulatedRequest, RequestOutcome]]] = defaultdict(list)
-    for request, outcome in zip(requests, outcomes, strict=True):
-        found[request.model].append((request, outcome))
-    return found
