@@ -14,7 +14,7 @@ from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.simulator.costs import CostTable, HostCosts, ShapeCosts
 from crosspool.simulator.events import Simulated, simulate
 from crosspool.simulator.requests import Loss, SimulatedRequest
-from crosspool.weightpool.placement import FFNShard, ffn_bytes
+from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
 
 LAYERS = 4
 SPEC = ModelSpec(
@@ -179,14 +179,17 @@ def test_a_sleeping_model_is_woken_first() -> None:
     requests = [SimulatedRequest(0.0, 0, 16, 2), SimulatedRequest(5.0, 1, 16, 2)]
     found = run(d, costs(), requests)
     first, second = found.outcomes
+    attention = attention_bytes(SPEC)
+    assert attention > OWN  # the KV pool's device has more to read, and both begin at once
     assert first.first == pytest.approx(STEP)
-    assert second.first - 5.0 == pytest.approx(0.5 + STEP / LAYERS)
-    assert (found.wakes, found.woken_bytes) == (1, OWN)
+    assert second.first - 5.0 == pytest.approx(0.5 * attention / OWN + STEP / LAYERS)
+    assert (found.wakes, found.woken_bytes) == (2, attention + OWN)
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_a_lost_device_delays_requests_and_ends_none(device: str) -> None:
-    requests = drawn(40, 2, 2.0)
+    requests = [*drawn(30, 2, 2.0), SimulatedRequest(5.0, 0, 64, 60)]
+    requests.sort(key=lambda request: request.arrival)
     calm = run(deployment(2), costs(HOST), requests)
     found = run(deployment(2), costs(HOST), requests, losses=[Loss(device, 6.0, 3.0)])
     for request, outcome in zip(requests, found.outcomes, strict=True):

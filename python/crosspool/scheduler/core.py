@@ -375,6 +375,7 @@ class SchedulerCore(FleetControl):
         model = self._models[seq.model]
         model.counters.output_tokens += count
         model.rates.generated(now, count)
+        model.times.passed(seq, count, now)
         seq.repeat(token, count)
 
     def _end(self, seq: Sequence, finish: Finish) -> None:

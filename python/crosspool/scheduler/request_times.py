@@ -27,6 +27,14 @@ class RequestTimes:
             self.histograms.between_tokens_seconds.observe(now - seq.sampled_at)
         seq.sampled_at = now
 
+    def passed(self, seq: Sequence, tokens: int, now: float) -> None:
+        """The request has sampled ``tokens`` tokens at even times, and samples another one now."""
+        if not seq.is_timed or seq.sampled_at is None:
+            return
+        gap = (now - seq.sampled_at) / (tokens + 1)
+        self.histograms.between_tokens_seconds.observe(gap, tokens)
+        seq.sampled_at += tokens * gap
+
     def ended(self, seq: Sequence, finish: Finish, now: float) -> None:
         if not seq.is_timed or finish.kind == "abort":
             return

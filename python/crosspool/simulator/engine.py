@@ -347,9 +347,12 @@ class SimulatedEngine:
     def _load(self, work: _Work) -> Load:
         model, own = self._models[work.model], self._own[work.rank]
         costs = model.costs
+        earlier = float(work.earlier)
+        if work.goes_on and work.decodes:  # the mean of the steps of its lease
+            earlier += (work.lease - 1) / 2 * len(work.results)
         attention = (
             model.attention.at(work.tokens)
-            + costs.decode_read * work.earlier
+            + costs.decode_read * earlier
             + costs.chunk_read * work.chunk_pairs
             + self._costs.host.step
         )
