@@ -13,7 +13,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.simulator.costs import CostTable, HostCosts, ShapeCosts
 from crosspool.simulator.events import Simulated, simulate
-from crosspool.simulator.requests import Loss, SimulatedRequest
+from crosspool.simulator.requests import DeviceLoss, SimulatedRequest
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
 
 LAYERS = 4
@@ -191,7 +191,7 @@ def test_a_lost_device_delays_requests_and_ends_none(device: str) -> None:
     requests = [*drawn(30, 2, 2.0), SimulatedRequest(5.0, 0, 64, 60)]
     requests.sort(key=lambda request: request.arrival)
     calm = run(deployment(2), costs(HOST), requests)
-    found = run(deployment(2), costs(HOST), requests, losses=[Loss(device, 6.0, 3.0)])
+    found = run(deployment(2), costs(HOST), requests, losses=[DeviceLoss(device, 6.0, 3.0)])
     for request, outcome in zip(requests, found.outcomes, strict=True):
         assert (outcome.status, outcome.tokens) == (200, request.output)
     through = [
@@ -201,7 +201,7 @@ def test_a_lost_device_delays_requests_and_ends_none(device: str) -> None:
     ]
     assert through and all(after.end >= before.end + 2.9 for before, after in through)
     with pytest.raises(ConfigError, match="cuda:9: there is no such device, only cuda:0, cuda:1"):
-        run(deployment(), costs(), requests, losses=[Loss("cuda:9", 1.0, 1.0)])
+        run(deployment(), costs(), requests, losses=[DeviceLoss("cuda:9", 1.0, 1.0)])
 
 
 def test_a_request_that_is_too_long_is_refused() -> None:

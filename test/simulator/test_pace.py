@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from crosspool.simulator.pace import Load, cycles
+from crosspool.simulator.pace import StepLoad, cycles
 
 ATTENTION, FFN = 0, 1
 
@@ -32,10 +32,10 @@ def seconds_per_layer(lanes: list[tuple[float, float]], layers: int = 400) -> fl
     return done / layers
 
 
-def load(rank: int, attention: float, ffn: float, device: int = FFN) -> Load:
+def load(rank: int, attention: float, ffn: float, device: int = FFN) -> StepLoad:
     devices = {rank if rank else ATTENTION: attention}
     devices[device] = devices.get(device, 0.0) + ffn
-    return Load(rank, 1, devices, attention + ffn)
+    return StepLoad(rank, 1, devices, attention + ffn)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -55,9 +55,9 @@ def test_ranks_share_a_device_that_is_too_slow_for_them() -> None:
     ranks = [load(rank, 1.0, 2.0, device=9) for rank in (1, 2, 3)]
     assert cycles(ranks) == pytest.approx({1: 6.0, 2: 6.0, 3: 6.0})
     # the slow one takes a tenth of the device, and the other two share the rest
-    slow = Load(1, 1, {1: 20.0, 9: 2.0}, 20.0)
+    slow = StepLoad(1, 1, {1: 20.0, 9: 2.0}, 20.0)
     assert cycles([slow, *ranks[1:]]) == pytest.approx({1: 20.0, 2: 4 / 0.9, 3: 4 / 0.9})
 
 
 def test_a_step_of_many_layers_is_no_faster_for_them() -> None:
-    assert cycles([Load(0, 8, {0: 8.0, 1: 16.0}, 24.0)]) == {0: 3.0}
+    assert cycles([StepLoad(0, 8, {0: 8.0, 1: 16.0}, 24.0)]) == {0: 3.0}

@@ -16,7 +16,7 @@ from crosspool.config.deployment import Deployment
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.budgets import Budgets
 from crosspool.simulator.costs import CostTable, Curve, ShapeCosts
-from crosspool.simulator.pace import Load, cycles
+from crosspool.simulator.pace import StepLoad, cycles
 from crosspool.transport.messages import Recall, RowResult, Sleep, Step, StepResult, Wake
 from crosspool.weightpool.placement import initially_resident
 
@@ -57,7 +57,7 @@ class _Work:
     recalled: bool = False
     missing: set[int] = field(default_factory=set)
     """Devices that it waits for: they read its weights, or are lost."""
-    load: Load | None = None
+    load: StepLoad | None = None
     since: float = 0.0
     """Time at which ``left`` was true."""
     left: float = 1.0
@@ -344,7 +344,7 @@ class SimulatedEngine:
             assert work.load is not None
             work.seconds = work.load.layers * found[work.rank]
 
-    def _load(self, work: _Work) -> Load:
+    def _load(self, work: _Work) -> StepLoad:
         model, own = self._models[work.model], self._own[work.rank]
         costs = model.costs
         earlier = float(work.earlier)
@@ -364,4 +364,4 @@ class SimulatedEngine:
         for device in ranks:
             devices[device] = devices.get(device, 0.0) + ffn
         crossing = 0.0 if ranks == [own] else costs.layers * costs.crossing
-        return Load(work.rank, costs.layers, devices, attention + ffn + crossing)
+        return StepLoad(work.rank, costs.layers, devices, attention + ffn + crossing)

@@ -27,7 +27,7 @@ from crosspool.scheduler.protocols import ModelTools
 from crosspool.scheduler.request import GenerateRequest, Grammar, StopRules
 from crosspool.simulator.costs import CostTable
 from crosspool.simulator.engine import Landing, SimulatedEngine
-from crosspool.simulator.requests import Loss, RequestOutcome, SimulatedRequest
+from crosspool.simulator.requests import DeviceLoss, RequestOutcome, SimulatedRequest
 from crosspool.transport.messages import Release, Sampling, Sleep, Wake
 
 _SAMPLING = Sampling(temperature=0.0)
@@ -83,7 +83,7 @@ def simulate(
     costs: CostTable,
     requests: Sequence[SimulatedRequest],
     *,
-    losses: Iterable[Loss] = (),
+    losses: Iterable[DeviceLoss] = (),
     told: Callable[[int], None] = lambda over: None,
 ) -> Simulated:
     """Serves ``requests``, which are in the order of their arrivals, until all are over. ``specs``
@@ -251,7 +251,7 @@ class _Simulation:
     def _at(self, time: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), act))
 
-    def plan(self, losses: Iterable[Loss]) -> None:
+    def plan(self, losses: Iterable[DeviceLoss]) -> None:
         """Has devices be lost and come back. Raises ConfigError for one that there is not."""
         names = [device.name for device in self._deployment.devices]
         for loss in losses:

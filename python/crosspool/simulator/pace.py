@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Load:
+class StepLoad:
     """What one step takes of devices, in seconds of the whole step."""
 
     rank: int
@@ -26,7 +26,7 @@ class Load:
     """Seconds of the step when nothing else is at work."""
 
 
-def cycles(loads: Iterable[Load]) -> dict[int, float]:
+def cycles(loads: Iterable[StepLoad]) -> dict[int, float]:
     """The cycle of each attention rank that has work, in seconds per layer. A step takes its layers
     times the cycle of its rank."""
     least: dict[int, float] = {}

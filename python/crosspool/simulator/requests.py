@@ -49,7 +49,7 @@ class RequestOutcome:
 
 
 @dataclass(frozen=True)
-class Loss:
+class DeviceLoss:
     """A device process that dies, and is there again after a while."""
 
     device: str
@@ -59,7 +59,7 @@ class Loss:
     """Seconds until the next one is ready."""
 
 
-def read_losses(words: Iterable[str]) -> list[Loss]:
+def read_losses(words: Iterable[str]) -> list[DeviceLoss]:
     """Reads ``cpu:1@60+5``: the device's name, when it is lost, and for how long, in seconds.
     Raises ConfigError."""
     found = []
@@ -67,9 +67,9 @@ def read_losses(words: Iterable[str]) -> list[Loss]:
         name, _, times = word.rpartition("@")
         at, _, seconds = times.partition("+")
         try:
-            loss = Loss(name, float(at), float(seconds))
+            loss = DeviceLoss(name, float(at), float(seconds))
         except ValueError:
-            loss = Loss("", math.nan, math.nan)
+            loss = DeviceLoss("", math.nan, math.nan)
         if not (loss.device and 0 <= loss.at < math.inf and 0 < loss.seconds < math.inf):
             raise ConfigError(
                 f"--lose {word!r}: write DEVICE@SECONDS+SECONDS, such as cpu:1@60+5 for a device "
