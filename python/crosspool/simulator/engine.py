@@ -317,9 +317,6 @@ class SimulatedEngine:
                 for work in self._all():
                     if work.model == model and device in work.missing:
                         work.missing.discard(device)
-                        # Its layers were computed while they were read, but for the last one.
-                        work.left = 1 / self._models[model].costs.layers
-                        work.since = now
                         self._changed = True
             if not queue:
                 del self._reading[device]
