@@ -56,9 +56,12 @@ def measure(folders: Sequence[Path], placement: str, source: str) -> CostTable:
     pairs = LONG_PROMPT**2 / 2 - pieces * CHUNKS[-1] ** 2 / 2
     chunk_read = max(0.0, whole.attention - pieces * most.attention) / pairs / 1e6
     attention: list[Point] = [
-        (batch, of.attention / 1e6 - decode_read * batch * (SHORT + STEPS / 2))
+        (float(batch), of.attention / 1e6 - decode_read * batch * (SHORT + STEPS / 2))
         for batch, of in decoded.items()
-    ] + [(tokens, of.attention / 1e6 - chunk_read * tokens**2 / 2) for tokens, of in chunks.items()]
+    ] + [
+        (float(tokens), of.attention / 1e6 - chunk_read * tokens**2 / 2)
+        for tokens, of in chunks.items()
+    ]
     ffn: list[Point] = [(tokens, of.ffn / 1e6) for tokens, of in {**decoded, **chunks}.items()]
     head: list[Point] = [(batch, of.lm_head / 1e6) for batch, of in decoded.items()]
     beyond = [_beyond(decoded[batch]) for batch in BATCHES]
@@ -116,8 +119,10 @@ def _steps(decoded: Decoded) -> list[Parts]:
 
 
 def _mean(parts: Sequence[Parts]) -> Parts:
-    fields = ("span", "attention", "ffn", "lm_head")
-    return Parts(*(float(np.mean([getattr(p, f) for p in parts])) for f in fields), end_ns=0)
+    span, attention, ffn, lm_head = np.mean(
+        [(p.span, p.attention, p.ffn, p.lm_head) for p in parts], axis=0
+    ).tolist()
+    return Parts(span, attention, ffn, lm_head, end_ns=0)
 
 
 def _beyond(parts: Parts) -> float:
