@@ -188,6 +188,24 @@ class Engine:
         self._driver.release([sequence])
         return seconds
 
+    def prefill_parts(self, tokens: int) -> Parts:
+        """Return the parts of the steps that read one prompt of the first model, added up."""
+        driver = self._driver
+        for device in driver.processes:
+            driver.inspect(device, "trace_start")
+        self.prefill(tokens)
+        events = [
+            msgspec.convert(event, LaneEvent)
+            for device in driver.processes
+            for event in driver.inspect(device, "trace_stop")
+        ]
+        took = {
+            part: sum(e.end_ns - e.start_ns for e in events if e.part == part) / 1e3
+            for part in ("attention", "ffn", "lm_head")
+        }
+        start, end = min(e.start_ns for e in events), max(e.end_ns for e in events)
+        return Parts((end - start) / 1e3, **took, end_ns=end)
+
     def tokens(self, prompt: Sequence[int], steps: int) -> list[int]:
         """Return the first model's greedy continuation of a prompt."""
         sequence = Generation(0, list(prompt), steps + self.setup.lease, chunk=self.setup.chunk)

@@ -21,7 +21,7 @@ SUFFIXES = "py|md|h|cpp|cu|cuh|c|pml|yaml|toml|txt|json|jsonl"
 FOREIGN_FILES = {
     # of checkpoints and users
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
-    *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "keys.yaml"),
+    *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "keys.yaml", "costs.json"),
     *("sharegpt.json", "a.json", "b.json", "A.json", "B.json", "hosts.txt"),
     # of other projects
     *("llama.cpp", "dlpack.h", "cuda.h"),

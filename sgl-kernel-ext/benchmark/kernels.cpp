@@ -236,9 +236,12 @@ class Benchmark {
                            &down[layer * kExperts],
                            nullptr,
                            nullptr,
+                           nullptr,
+                           nullptr,
                            0,
                            kExperts,
-                           kTopK};
+                           kTopK,
+                           0.0F};
         k_.plan_experts(ffn, ids.data(), weights.data(), rows, &plan, scratch_);
       };
       // The rows determine which experts, and so how many bytes, are read.
@@ -304,7 +307,9 @@ class Benchmark {
                {},
                [&] {
                  turn = (turn + 1) % down.size();
-                 const FFNLayer layer{nullptr, nullptr, &gate_up[turn], &down[turn], 0, 0, 0};
+                 const FFNLayer layer{
+                     nullptr, nullptr, &gate_up[turn], &down[turn], nullptr, nullptr, 0, 0,
+                     0,       0.0F};
                  k_.plan_experts(layer, nullptr, nullptr, rows, &plan, scratch_);
                  k_.expert_gate_up(call, 0, 1, scratch_);
                  k_.expert_down(call, 0, kHidden / kPanel, scratch_);
@@ -351,8 +356,8 @@ class Benchmark {
     const std::int64_t out_stride = std::int64_t{shape.q_heads} * shape.v_dim;
     std::byte* const q = memory(static_cast<std::size_t>(rows * q_stride * 4), dtype_);
     std::byte* const out = memory(static_cast<std::size_t>(rows * out_stride * 4), dtype_);
-    Attention call{&shape,          &segment,        q,  q_stride, out, out_stride,
-                   plan.partials(), plan.arrivals(), kv, 0};
+    Attention call{&shape,          &segment,        q,  q_stride, out,    out_stride,
+                   plan.partials(), plan.arrivals(), kv, 0,        nullptr};
     const double pairs = rows * (start + (rows + 1) / 2.0);
     measure({name,
              start + rows,

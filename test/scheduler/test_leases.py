@@ -165,3 +165,34 @@ def test_more_steps_than_were_leased_are_an_error():
     answer = sim.ranks[0].answer()
     with pytest.raises(ValueError, match="goes on with step 0, whose lease is over"):
         sim.core.on_result(0, StepResult(step=answer.step, rows=answer.rows, more=True))
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4])
+def test_steps_that_are_taken_at_once_are_those_taken_singly(at_once):
+    """The steps of a lease behind its first, of which the last ends it, or does not."""
+    singly, together = (Recorder(next_token=lambda tokens: 7) for _ in range(2))
+    for sim in (singly, together):
+        for rid in "ab":
+            sim.add(request(rid, 5, 14))
+        sim.answer()  # the prompt of the first one
+        sim.answer()
+        assert sim.steps[-1].lease == 6
+    for _ in range(at_once):
+        singly.now += 0.25
+        result = singly.ranks[0].answer()
+        assert result.more
+        singly.core.on_result(0, result)
+    results = [together.ranks[0].answer() for _ in range(at_once)]
+    together.now += 0.25 * at_once
+    together.core.on_result(0, results[-1], at_once)
+    assert together.core.snapshot() == singly.core.snapshot()
+    assert together.core.histograms() == singly.core.histograms()
+    for sim in (singly, together):
+        sim.schedule()
+        sim.run()
+        sim.assert_empty()
+    assert together.outputs == singly.outputs
+    assert together.core.snapshot() == singly.core.snapshot()
+    with pytest.raises(ValueError, match="goes on with step"):
+        together.add(request("c", 5, 14))
+        together.core.on_result(0, together.ranks[0].answer(), 6)

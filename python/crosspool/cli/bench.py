@@ -26,30 +26,19 @@ from rich.progress import (
 
 from crosspool.bench import result as results
 from crosspool.bench.client import BenchError, Endpoint, models_of, send
-from crosspool.bench.dataset import Fit, Rows, read_dataset
 from crosspool.bench.figures import read_objectives
 from crosspool.bench.plot import plot_results
 from crosspool.bench.prompts import PromptWriter, TokenWriter, WordWriter
 from crosspool.bench.record import RequestRecord
 from crosspool.bench.tables import comparison, result_tables
-from crosspool.bench.workload import (
-    Arrivals,
-    Extent,
-    TimedRequest,
-    arrival_times,
-    dealt,
-    make_workload,
-    poisson,
-)
-from crosspool.cli.by_model import few, per_model, rate
+from crosspool.bench.workload import TimedRequest, make_workload
+from crosspool.cli.arrival_flags import add_arrivals, add_lengths, read_load
+from crosspool.cli.by_model import few
 from crosspool.config.errors import ConfigError
 from crosspool.config.flags import Parser
 from crosspool.config.urls import base_url
 from crosspool.observability.plots import check_suffix
 from crosspool.observability.pools_table import make_console
-from crosspool.planner.traffic.popularity import read_popularity
-from crosspool.planner.traffic.spread import named_owners
-from crosspool.planner.traffic.trace_files import read_trace
 
 _DESCRIPTION = """\
 Sends requests for many models to a server with OpenAI's API, each at its time, whatever became of
@@ -67,8 +56,6 @@ examples:
 The API key is read from OPENAI_API_KEY unless --api-key names another. The exit status is 1 when no
 request has a complete output, and 130 after an interrupt.
 """
-_DATASET = "random:prompt=512,output=128"
-_REQUESTS = 100
 
 
 def run(words: Sequence[str], prog: str) -> int:
@@ -143,56 +130,11 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         help="a model that gets requests; once for each (default: those that --rate names, or all "
         "of the server's)",
     )
-    group.add_argument(
-        "--rate",
-        metavar="RATE",
-        help="requests per second of all models together, or NAME=RATE,... for each; arrivals are "
-        "Poisson",
-    )
-    group.add_argument(
-        "--popularity",
-        metavar="LAW",
-        help="how requests are dealt to models, the first one most popular: openrouter, "
-        "zipf:ALPHA, uniform, or a weight for each model (default: uniform, or the models that a "
-        "trace names)",
-    )
-    group.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="recorded requests whose arrival times are kept, and whose lengths are unless "
-        "--dataset gives others; the formats are those of crosspool plan, such as the Azure LLM "
-        "traces' CSV",
-    )
-    group.add_argument(
-        "--scale",
-        type=float,
-        metavar="X",
-        help="send a trace's requests X times as fast as they came (default: 1)",
-    )
-    extent = group.add_mutually_exclusive_group()
-    extent.add_argument(
-        "--requests",
-        type=int,
-        metavar="N",
-        help=f"number of requests (default: {_REQUESTS}, or all of a trace)",
-    )
-    extent.add_argument(
-        "--seconds", type=float, metavar="S", help="send requests for S seconds instead"
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)"
-    )
+    add_arrivals(group)
 
 
 def _add_requests(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dataset",
-        metavar="DATASET",
-        help="a ShareGPT JSON file, any trace file for its lengths, azure-conversation, azure-code "
-        "or random:prompt=TOKENS,output=TOKENS, with range_ratio=R for lengths from R of that on "
-        f"(default: the trace's lengths, or {_DATASET})",
-    )
+    add_lengths(group)
     group.add_argument(
         "--tokenizer",
         action="append",
@@ -200,15 +142,6 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
         metavar="[NAME=]DIR",
         help="tokenizer.json, or its folder, of all models or of one: prompts are then exact token "
         "ids (default: common words, about a token each)",
-    )
-    group.add_argument(
-        "--scale-lengths", type=float, default=1.0, metavar="X", help="multiply lengths by X"
-    )
-    group.add_argument(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="leave out requests whose prompt and output together are longer",
     )
     group.add_argument(
         "--chat", action="store_true", help="use /v1/chat/completions instead of /v1/completions"
@@ -324,89 +257,13 @@ def _workload(
     arguments: argparse.Namespace, models: Sequence[str]
 ) -> tuple[list[TimedRequest], list[str]]:
     """Returns the requests, and remarks on how they were made. Raises ConfigError."""
-    streams = np.random.SeedSequence(_seed(arguments.seed)).spawn(3)
-    arrivals_rng, rows_rng, prompts_rng = map(np.random.default_rng, streams)
-    fit = Fit(scale=arguments.scale_lengths, context=arguments.context)
-    extent = Extent(requests=arguments.requests, seconds=arguments.seconds)
     tokenizers = _tokenizers(arguments.tokenizer, models)
-    notes: list[str] = []
-    rows: Rows | None = None
-    if arguments.trace is not None:
-        if arguments.rate is not None:
-            raise ConfigError("--rate: --trace has arrival times already; leave one of the two out")
-        arrivals, rows = _traced(arguments, models, fit, extent, rng=arrivals_rng, notes=notes)
-    else:
-        if arguments.scale is not None:
-            raise ConfigError("--scale: it is for the arrival times of a --trace")
-        if arguments.rate is None:
-            raise ConfigError("no load: give --rate, or --trace FILE")
-        if extent.requests is None and extent.seconds is None:
-            extent = Extent(requests=_REQUESTS)
-        arrivals = poisson(_rates(arguments, models), extent, arrivals_rng)
-    if not len(arrivals):
-        raise ConfigError("no request arrives in that time: give more --seconds, or a higher rate")
-    if arguments.dataset is not None or rows is None:
-        counts_tokens = next((path for path in tokenizers if path is not None), None)
-        dataset = read_dataset(arguments.dataset or _DATASET, counts_tokens, fit)
-        notes += dataset.notes
-        rows = dataset.draw(len(arrivals), rows_rng)
+    counts_tokens = next((path for path in tokenizers if path is not None), None)
+    arrivals, rows, prompts_rng, notes = read_load(arguments, models, counts_tokens)
     if rows.texts is None and None in tokenizers:
         notes.append("without --tokenizer, prompts are words, about a token each")
     writers = _writers(tokenizers, arguments.chat, prompts_rng)
     return make_workload(arrivals, models, rows, writers), notes
-
-
-def _seed(seed: int) -> int:
-    if seed < 0:
-        raise ConfigError(f"--seed {seed}: must be 0 or more")
-    return seed
-
-
-def _traced(
-    arguments: argparse.Namespace,
-    models: Sequence[str],
-    fit: Fit,
-    extent: Extent,
-    *,
-    rng: np.random.Generator,
-    notes: list[str],
-) -> tuple[Arrivals, Rows]:
-    """Returns the arrivals and the lengths of the trace's requests that fit."""
-    scale = 1.0 if arguments.scale is None else arguments.scale
-    if not (np.isfinite(scale) and scale > 0):
-        raise ConfigError(f"--scale {scale}: must be a number above 0")
-    trace = read_trace(arguments.trace)
-    notes += trace.notes
-    times = arrival_times(trace) / scale
-    rows = Rows(trace.prompt, trace.output).scaled(fit.scale)
-    if arguments.dataset is None:
-        places = fit.places(rows)
-        notes += fit.note(len(places), len(rows))
-        trace, times, rows = trace.take(places), times[places], rows.take(places)
-    if trace.model is not None and arguments.popularity is None:
-        owners = named_owners(trace, models)
-    else:
-        shares = read_popularity(arguments.popularity or "uniform", len(models))
-        owners = dealt(trace, shares, rng).owners
-    count = extent.of(times)
-    return Arrivals(times[:count], owners[:count]), rows.take(np.arange(count))
-
-
-def _rates(arguments: argparse.Namespace, models: Sequence[str]) -> list[float]:
-    """Returns the models' rates in requests per second, in their order. Raises ConfigError."""
-    if "=" in arguments.rate:
-        if arguments.popularity is not None:
-            raise ConfigError(
-                "--popularity: --rate already gives each model its rate; leave one of the two out"
-            )
-        found = per_model(arguments.rate, models, "--rate", rate)
-        rates = [found[name] for name in models]
-    else:
-        shares = read_popularity(arguments.popularity or "uniform", len(models))
-        rates = [rate(arguments.rate, "--rate") * float(share) for share in shares]
-    if not sum(rates) > 0:
-        raise ConfigError("--rate: at least one rate must be above 0 requests per second")
-    return rates
 
 
 def _tokenizers(words: Sequence[str], models: Sequence[str]) -> list[Path | None]:

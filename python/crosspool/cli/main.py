@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Serve the three small models that come with CrossPool.",
     "compile": "Compile the kernels that GPUs will launch, ahead and without a GPU.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
+    "simulate": "Serve a load in simulated time, with the times of a cost table.",
     "ps": "Show the models of a running server: which are awake, and who uses them.",
     "top": "Watch a running server: pools, models, requests, latencies; wake and sleep models.",
     "load": "Have a running server serve a further model.",
@@ -37,6 +38,7 @@ examples:
   crosspool serve --model-path models/Qwen3-30B-A3B --model-path models/GLM-4.7-Flash
   crosspool serve --config deployment.yaml
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
+  crosspool simulate deployment.yaml --costs costs.json --rate 2 --popularity zipf:1.0
   crosspool compile --capability 90 --model-path models/Qwen3-30B-A3B
   crosspool ps --watch
   crosspool top

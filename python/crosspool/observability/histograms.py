@@ -31,9 +31,9 @@ class Histogram(msgspec.Struct, kw_only=True):
         """An empty histogram with these buckets."""
         return cls(bounds=bounds, counts=[0] * (len(bounds) + 1))
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     @property
     def count(self) -> int:

@@ -104,8 +104,9 @@ class ChunkBudget(Protocol):
         """Time has passed for ``flights``; to be called before one is added or ends."""
         ...
 
-    def landed(self, flight: StepInFlight) -> None:
-        """``flight`` has ended; the time until now has been shared out."""
+    def landed(self, flight: StepInFlight, steps: int = 1) -> None:
+        """``flight`` has ended, with ``steps - 1`` before it under its lease; the time until now
+        has been shared out."""
         ...
 
     def dropped(self, flight: StepInFlight) -> None:
@@ -160,11 +161,11 @@ class TargetedChunks:
             self._spent[flight.step] = self._spent.get(flight.step, 0.0) + seconds * rate
         self._seen = now
 
-    def landed(self, flight: StepInFlight) -> None:
-        seconds = self._spent.pop(flight.step, 0.0)
+    def landed(self, flight: StepInFlight, steps: int = 1) -> None:
+        seconds = self._spent.pop(flight.step, 0.0) / steps
         step = self._step[flight.model]
         if not flight.prompt_tokens:
-            return step.take(seconds, _WEIGHT)
+            return step.take(seconds, 1 - (1 - _WEIGHT) ** steps)
         beside = step.value if step.known else 0.0
         self._chunk[flight.model].take(flight.prompt_tokens, max(seconds - beside, 0.0))
 

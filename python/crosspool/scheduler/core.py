@@ -126,10 +126,14 @@ class SchedulerCore(FleetControl):
             if model in (None, seq.model) and seq.request.rid == rid:
                 self._end(seq, finish)
 
-    def on_result(self, attention_rank: int, result: StepResult) -> None:
+    def on_result(self, attention_rank: int, result: StepResult, steps: int = 1) -> None:
         """Takes a step's result, unless the step was lost with its rank. Raises ValueError when it
         fits no step in flight. The requests of a step that was refused wait again: for the word of
-        the device that could not read the weights, or to be computed again from their tokens."""
+        the device that could not read the weights, or to be computed again from their tokens.
+
+        ``steps`` above 1: as many results of one lease that goes on, each with the tokens of
+        ``result``, which came one after another at even times since the clock was last read for
+        one of them. A simulated device has them taken at once, while nothing else happens."""
         rank = self._ranks[attention_rank]
         if self._failure is not None or rank.is_late(result):
             return
@@ -137,12 +141,14 @@ class SchedulerCore(FleetControl):
         if result.refused:
             self._give_back(rank.take_refusal(result), now)
             return
-        flight = rank.land(result, now)
+        flight = rank.land(result, now, steps)
         if result.more:
-            self._models[flight.model].counters.step(rank.flights[flight.model])
+            self._models[flight.model].counters.step(rank.flights[flight.model], steps)
         for seq, row in zip(flight.sequences, result.rows, strict=True):
             if seq.over:
                 continue
+            if steps > 1:
+                self._generate(seq, row.token, steps - 1, now)
             seq.append_prompt_logprobs(row.prompt)
             if row.token >= 0:
                 seq.stopping.feed(row.token)
@@ -374,6 +380,14 @@ class SchedulerCore(FleetControl):
             self._end(seq, finish)
         elif seq.request.stream and seq.deliverable > 0:
             self._outputs.append(seq.output(None))
+
+    def _generate(self, seq: Sequence, token: int, count: int, now: float) -> None:
+        """``seq``, which is under a lease, has sampled ``token`` this many times, and goes on."""
+        model = self._models[seq.model]
+        model.counters.output_tokens += count
+        model.rates.generated(now, count)
+        model.times.passed(seq, count, now)
+        seq.repeat(token, count)
 
     def _end(self, seq: Sequence, finish: Finish) -> None:
         """The only way in which a request ends, whether it waits or runs."""

@@ -26,12 +26,13 @@ class ModelCounters(ModelCounts):
         else:
             self.finished[finish.kind] += 1
 
-    def step(self, flight: StepInFlight) -> None:
-        self.steps += 1
+    def step(self, flight: StepInFlight, steps: int = 1) -> None:
+        """``steps`` of them have begun, one after another, of which ``flight`` is the latest."""
+        self.steps += steps
         self.largest_batch = max(self.largest_batch, len(flight.rows))
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
             if row.start >= seq.prefill_len:
-                self.decode_rows += 1
+                self.decode_rows += steps
                 continue
             end = row.start + len(row.tokens)
             new = max(0, min(end, seq.prompt_len) - max(row.start, seq.reached))

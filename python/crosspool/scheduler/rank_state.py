@@ -239,9 +239,10 @@ class RankState:
         self.flights[flight.model] = replace(flight, recalled=True)
         return Recall(step=flight.step)
 
-    def land(self, result: StepResult, now: float) -> StepInFlight:
+    def land(self, result: StepResult, now: float, steps: int = 1) -> StepInFlight:
         """Returns the step that ``result`` belongs to, which ends; the next step of its lease takes
-        its place. Raises ValueError when ``result`` fits no step in flight, or not its rows."""
+        its place, or the last of ``steps`` that have ended. Raises ValueError when ``result`` fits
+        no step in flight, or not its rows."""
         flight = self._flight_of(result)
         asked = [(row.request, row.sample) for row in flight.rows]
         got = [(row.request, row.token >= 0) for row in result.rows]
@@ -250,7 +251,7 @@ class RankState:
                 f"attention rank {self.index} sent rows (request, sampled) {got} as the result of "
                 f"step {result.step}, which has {asked}"
             )
-        if result.more and flight.lease == 1:
+        if result.more and flight.lease <= steps:
             raise ValueError(
                 f"attention rank {self.index} goes on with step {result.step}, whose lease is over"
             )
@@ -259,13 +260,13 @@ class RankState:
         if self.stalled or flight.step < self._first_measured:
             self.budget.dropped(flight)
         else:
-            self.budget.landed(flight)
+            self.budget.landed(flight, steps)
         del self.flights[flight.model]
         if result.more:
             rows = [
                 Row(
                     request=row.request,
-                    start=row.start + len(row.tokens),
+                    start=row.start + len(row.tokens) + steps - 1,
                     tokens=[done.token],
                     pages=[],
                     sample=True,
@@ -273,7 +274,7 @@ class RankState:
                 for row, done in zip(flight.rows, result.rows, strict=True)
             ]
             self.flights[flight.model] = replace(
-                flight, issued=now, rows=rows, lease=flight.lease - 1
+                flight, issued=now, rows=rows, lease=flight.lease - steps
             )
         if flight.prompt_tokens:
             self.delayed = self.generating
@@ -288,7 +289,7 @@ class RankState:
             if row.start < seq.prompt_len <= end and self.promises.share(seq):
                 self.version += 1
             if result.more:
-                seq.computed += 1
+                seq.computed += steps
         return flight
 
     def _flight_of(self, result: StepResult) -> StepInFlight:

@@ -46,9 +46,9 @@ class ModelRates:
         self._prompts = RecentSum(HIT_RATE_SECONDS)
         self._cached = RecentSum(HIT_RATE_SECONDS)
 
-    def generated(self, now: float) -> None:
-        """A token was sampled."""
-        self._generated.add(1, now)
+    def generated(self, now: float, tokens: int = 1) -> None:
+        """Tokens were sampled."""
+        self._generated.add(tokens, now)
 
     def admitted(self, prompt_tokens: int, cached_tokens: int, now: float) -> None:
         """A request was admitted, whose prompt has ``cached_tokens`` in the prefix cache."""

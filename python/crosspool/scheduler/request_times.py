@@ -37,6 +37,14 @@ class RequestTimes:
         if seq.timeline is not None:
             seq.timeline.enter("replay", now)
 
+    def passed(self, seq: Sequence, tokens: int, now: float) -> None:
+        """The request has sampled ``tokens`` tokens at even times, and samples another one now."""
+        if not seq.is_timed or seq.sampled_at is None:
+            return
+        gap = (now - seq.sampled_at) / (tokens + 1)
+        self.histograms.between_tokens_seconds.observe(gap, tokens)
+        seq.sampled_at += tokens * gap
+
     def ended(self, seq: Sequence, finish: Finish, now: float) -> None:
         if seq.timeline is not None:
             seq.timeline.end(now)

@@ -217,6 +217,11 @@ class Sequence:
             self._output_logprobs.append(logprobs)
         return self.stopping.after(token)
 
+    def repeat(self, token: int, count: int) -> None:
+        """Takes a sampled token ``count`` times, of which none ends the request."""
+        self.tokens += [token] * count
+        self.stopping.passed(count)
+
     def append_next(self, logprobs: TokenLogprobs) -> None:
         """Takes the log-probabilities at the last position of a request that ``wants_next``. The
         token that was sampled there is nobody's."""

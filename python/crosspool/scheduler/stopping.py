@@ -111,6 +111,11 @@ class Stopping:
             return Finish(kind="length")
         return None
 
+    def passed(self, count: int) -> None:
+        """Takes ``count`` tokens that end nothing, of an output that :attr:`by_tokens` decides and
+        that does not begin with thinking."""
+        self._count += count
+
     def _grammar_problem(self, matcher: GrammarMatcher, what: str) -> Finish | None:
         if not matcher.accepted:
             message = f"the grammar does not allow {what}"
