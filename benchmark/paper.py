@@ -22,10 +22,11 @@ from crosspool.planner.traffic.popularity import openrouter
 
 from benchmark.baselines import TITLES, WAYS
 from benchmark.figure7_report import PAPER_MONOLITHIC, PAPER_STATIC
-from benchmark.records import RESULTS, ROOT, read_rows
+from benchmark.paper_reviews import contended, peaks
+from benchmark.paper_text import Rows, grid, machine, missing, recorded
+from benchmark.records import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "paper.md"
-_ROWS = list[dict[str, Any]]
 
 _HEAD = """\
 # The paper's figures and tables
@@ -43,34 +44,6 @@ The paper has five A100 GPUs with 40 GB, and Qwen3-30B-A3B (Q), GLM-4.7-Flash (G
 DeepSeek-V2-Lite (D). Ours are CPU cores and small models of random weights. Compare ratios, not
 speeds.
 """
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def recorded(name: str, results: Path) -> _ROWS:
-    """Return the rows of a record. Raises FileNotFoundError."""
-    return read_rows(results / f"{name}.jsonl")
-
-
-def machine(rows: _ROWS) -> str:
-    """Return a sentence on the machine of rows and how busy it was."""
-    m = rows[0]["machine"]
-    loads = [row["load1"] for row in rows]
-    others = [row["other_cpu_share"] for row in rows]
-    cpu, wall = (
-        sum({(r["cpu_s"], r["wall_s"]): r[key] for r in rows}.values())
-        for key in ("cpu_s", "wall_s")
-    )
-    return (
-        f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB, "
-        f"{rows[0]['date'][:10]}. Load average {min(loads):.1f} to {max(loads):.1f}; other "
-        f"programs took {min(others):.0%} to {max(others):.0%} of a core. The run took {cpu:.0f} s "
-        f"of CPU time in {wall:.0f} s."
-    )
 
 
 def figure_1(results: Path) -> str:
@@ -137,7 +110,14 @@ def figure_6(results: Path) -> str:
 
 
 def figure_7(results: Path) -> str:
+    title = "## Figure 7: time between tokens"
+    what = (
+        "`python -m benchmark.figure7 --lengths FILE.csv`, with placements of this server as in "
+        "[baselines.md](baselines.md)."
+    )
     rows = recorded("figure7", results)
+    if not rows:
+        return "\n\n".join((title, f"{what} {missing('figure7')}", _paper_p99()))
     tbt = [row for row in rows if row["name"] == "tbt"]
     given = tbt[0]["parameters"]
     kv = ", ".join(
@@ -146,9 +126,8 @@ def figure_7(results: Path) -> str:
     full = ", ".join(f"{TITLES[way]} {rate:g}" for way, rate in given["saturation"].items())
     return "\n\n".join(
         (
-            "## Figure 7: time between tokens",
-            "`python -m benchmark.figure7 --lengths FILE.csv`, with placements of this server as "
-            f"in [baselines.md](baselines.md). {given['models']} models of {given['layers']} "
+            title,
+            f"{what} {given['models']} models of {given['layers']} "
             f"layers on {len(given['devices'])} devices, {' and '.join(given['devices'])}, each a "
             f"core with {given['device_bytes'] / 2**30:.2f} GiB of its own; front end and client "
             f"share the cores. Lengths: {given['lengths']}, divided by {given['shrink']} (means "
@@ -167,6 +146,7 @@ def figure_7(results: Path) -> str:
                 _ratios(tbt),
             ),
             machine(tbt),
+            _paper_p99(),
             "![P99 against the rate, and the distribution](images/figure7.svg)",
             "What differs from the paper: its rates are 0.2 to 1.0 requests/s of each of three "
             "models on five GPUs; its prompts are read by other engines, ours by the same devices, "
@@ -177,20 +157,36 @@ def figure_7(results: Path) -> str:
     )
 
 
-def _shares(tbt: _ROWS) -> list[float]:
+_PAPER_P99 = {
+    0.2: ("30, 67, 400", "30, 41, 410", "60, 59, 610"),
+    0.5: ("46, 215, 470", "33, 51, 410", "59, 185, 730"),
+    0.8: ("48, 98, 740", "34, 57, 600", "59, 110, 790"),
+    1.0: ("48, 227, 480", "34, 152, 770", "62, 355, 760"),
+}
+"""The paper's P99 in ms under static partition, CrossPool and kvcached, of Q, D and G, by the
+requests/s of each model; read off a plot with a log scale."""
+
+
+def _paper_p99() -> str:
+    head = ("requests/s of each model", *(f"{m}: static, CrossPool, kvcached" for m in "QDG"))
+    rows = [[f"{rate:g}", *(f"~{of}" for of in tails)] for rate, tails in _PAPER_P99.items()]
+    return "The paper's P99 in ms (read off):\n\n" + grid(head, rows)
+
+
+def _shares(tbt: Rows) -> list[float]:
     return sorted({row["parameters"]["share"] for row in tbt})
 
 
-def _find(tbt: _ROWS, way: str, share: float) -> dict[str, Any]:
+def _find(tbt: Rows, way: str, share: float) -> dict[str, Any]:
     wanted = (way, share)
     return next(r for r in tbt if (r["parameters"]["way"], r["parameters"]["share"]) == wanted)
 
 
-def _p99(tbt: _ROWS, way: str, share: float) -> str:
+def _p99(tbt: Rows, way: str, share: float) -> str:
     return f"{1e3 * _find(tbt, way, share)['p99']:.1f}"
 
 
-def _ratios(tbt: _ROWS) -> Iterable[list[str]]:
+def _ratios(tbt: Rows) -> Iterable[list[str]]:
     for share in _shares(tbt):
         for way in ("monolithic_cut", "monolithic_whole"):
             row = _find(tbt, way, share)
@@ -259,119 +255,6 @@ def table_3(results: Path) -> str:
     )
 
 
-def peaks(results: Path) -> str:
-    rows = [
-        row
-        for row in recorded("azure_pool", results)
-        if row["name"] == "peak_dispersion" and row["parameters"]["charge"] == "active"
-    ]
-    above = {
-        row["parameters"]["trace"]: row["median"]
-        for row in recorded("azure_pool", results)
-        if row["name"] == "above" and row["parameters"]["charge"] == "active"
-    }
-
-    def at_least(values: Sequence[float], count: int) -> str:
-        return f"{sum(values[count:]):.2%}"
-
-    cells = [
-        [
-            row["parameters"]["trace"],
-            f"{row['median']:.2f}",
-            *(
-                text
-                for count in (3, 5)
-                for text in (
-                    at_least(row["together"], count),
-                    at_least(row["independent"], count),
-                )
-            ),
-            f"{above[row['parameters']['trace']]:.2%}",
-        ]
-        for row in rows
-    ]
-    return "\n\n".join(
-        (
-            "## How often peaks coincide",
-            "The paper's reviewers asked for this. `python -m benchmark.azure_pool CONV.csv "
-            "CODE.csv`: 30 models share the requests of the Azure traces of 2023 by OpenRouter's "
-            "popularity. A model is at its peak while its KV demand is above its own P95. The "
-            "dispersion is 1 when peaks meet by chance, and 30 when all models peak together.",
-            grid(
-                (
-                    "trace",
-                    "dispersion (simulated)",
-                    *("3 or more at once (simulated)", "by chance (simulated)"),
-                    *("5 or more at once (simulated)", "by chance (simulated)"),
-                    "time above a budget of P99 (simulated)",
-                ),
-                cells,
-            ),
-            "All models' requests come from one trace, so its bursts reach all of them: the worst "
-            "case for a common pool. With the conversations, peaks meet about as by chance; with "
-            "code, which comes in bursts, they do not, and the budget must follow the trace.",
-        )
-    )
-
-
-def contended(results: Path) -> str:
-    parts = [
-        "## The contended regime",
-        "The paper's reviewers asked what happens to the tail as demand exceeds the pool. Load 1 "
-        "is what the pool serves when its queues are never empty.",
-    ]
-    for name, command, what in (
-        (
-            "contended_azure",
-            "python -m benchmark.contended --azure CONV.csv --promise worst_case",
-            "A workload that was chosen before anything of it was measured: the lengths of the "
-            "Azure conversation trace, divided so that 99 in a hundred requests fit into the "
-            "models' context, with a target of three times the median time between tokens of an "
-            "uncontended load.",
-        ),
-        (
-            "contended",
-            "python -m benchmark.contended",
-            "The earlier workload, chosen after four others had missed the aim "
-            "([results.md](results.md#the-contended-regime)).",
-        ),
-    ):
-        rows = recorded(name, results)
-        given = rows[0]["parameters"]
-        tbt, ttft = (
-            [r for r in rows if r["name"] == key and r["parameters"]["promise"] == "worst_case"]
-            for key in ("tbt", "ttft")
-        )
-        ratio = next(r for r in rows if r["name"] == "tbt_p99_ratio")
-        cells = [
-            [
-                f"{one['parameters']['load']:g}",
-                f"{1e3 * one['median']:.1f}, {1e3 * one['p99']:.1f}",
-                f"{first['median']:.2f}, {first['p99']:.2f}",
-                f"{first['refused']} of {first['offered']}",
-                f"{first['failed']}",
-                f"{first['promised_share']:.0%}",
-            ]
-            for one, first in zip(tbt, ttft, strict=True)
-        ]
-        by_round = f"{given['rounds']} rounds"
-        parts += [
-            f"`{command}`. {what} Target {given['tbt_target_ms']:g} ms, {by_round}.",
-            grid(
-                (
-                    *("load", "TBT P50, P99, ms (measured)", "TTFT P50, P99, s (measured)"),
-                    *("429 (measured)", "failed (measured)", "pool promised (measured)"),
-                ),
-                cells,
-            ),
-            f"P99 time between tokens at load {tbt[-1]['parameters']['load']:g} is "
-            f"**{ratio['pooled']:.2f}** times that at {tbt[0]['parameters']['load']:g} (aim 1.25), "
-            f"over all rounds; the median of the rounds' own ratios is {ratio['median']:.2f} "
-            "(measured). " + machine(tbt),
-        ]
-    return "\n\n".join(parts)
-
-
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "1": figure_1,
     "table1": table_1,
@@ -385,7 +268,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 def page(results: Path = RESULTS) -> str:
-    """Return the whole page. Raises FileNotFoundError for a record that is missing."""
+    """Return the whole page."""
     return "\n\n".join((_HEAD.rstrip(), *(write(results) for write in SECTIONS.values()))) + "\n"
 
 
