@@ -114,7 +114,7 @@ class Run:
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network, str]]:
     with network(2) as bed, ssh_hosts(bed, 2, tmp_path_factory.mktemp("ssh")) as ssh:
-        yield bed, ssh
+        yield bed, ssh.command
 
 
 @pytest.fixture
