@@ -34,9 +34,10 @@ done
 if [ "$1 $2" = "keys new" ]; then echo "no real keys" >"$4"; exit; fi
 printf '%q ' "$@" >"$(dirname "$0")/words-$node"
 stat -c '%a' "$keys" >"$(dirname "$0")/mode-$node"
-cat "$keys" >"$(dirname "$0")/keys-$node"
 trap 'echo "told to end"; rm "$(dirname "$0")/keys-$node"; exit 0' TERM
 echo "there"
+cp "$keys" "$(dirname "$0")/new-$node"
+mv "$(dirname "$0")/new-$node" "$(dirname "$0")/keys-$node"
 while [ ! -e "$(dirname "$0")/fails-$node" ]; do sleep 0.05; done
 exit 3
 """
@@ -114,7 +115,7 @@ class Run:
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network, str]]:
     with network(2) as bed, ssh_hosts(bed, 2, tmp_path_factory.mktemp("ssh")) as ssh:
-        yield bed, ssh
+        yield bed, ssh.command
 
 
 @pytest.fixture

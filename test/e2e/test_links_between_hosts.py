@@ -151,7 +151,7 @@ def test_a_line_that_was_down_loses_nothing(
     expected: dict[str, list[list[int]]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """For less than ``--host-timeout`` and for much more. While it is down, requests wait."""
+    """It is down for less than ``--host-timeout``, or for much more; requests wait meanwhile."""
     took = hosts.lose(lambda: hosts.down_for(seconds), expected[TINY_MODELS[0]])
     with capsys.disabled():
         print(f"\nthe line was down for {seconds} s; all requests had ended {took:.2f} s after it")

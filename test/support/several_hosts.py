@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +58,36 @@ class SeveralHosts:
             packed.mkdir(mode=0o700)
         self.logs = {node: folder / f"node{node}.log" for node in self.nodes}
 
-    def start(self, node: int) -> None:
-        words = [sys.executable, "-m", "crosspool.launch_server", *FLAGS, *self._flags]
-        words += [
-            "--nnodes",
-            str(len(self.nodes)),
-            "--node-rank",
-            str(node),
-            "--keys",
-            str(self.keys),
-        ]
-        words += ["--dist-init-addr", f"{self.bed.address(0)}:{self.control}"]
-        words += ["--host-timeout", "4", "--port", str(self.port)]
-        words += ["--packed-cache-dir", str(self.packed[node])]
+    @property
+    def options(self) -> list[str]:
+        """What every launcher is started with, but for what names a host."""
         kv, weights = self._pools
+        words = [*FLAGS, *self._flags, "--host-timeout", "4", "--port", str(self.port)]
         words += ["--kv-pool-devices", kv, "--weight-pool-devices", weights]
         for name in self.models:
             words += ["--model-path", str(DEMO / name)]
+        return words
+
+    @property
+    def address(self) -> str:
+        """Where other hosts reach node 0."""
+        return f"{self.bed.address(0)}:{self.control}"
+
+    def start(self, node: int) -> None:
+        words = [sys.executable, "-m", "crosspool.launch_server", *self.options]
+        words += ["--nnodes", str(len(self.nodes)), "--node-rank", str(node)]
+        words += ["--keys", str(self.keys), "--dist-init-addr", self.address]
+        words += ["--packed-cache-dir", str(self.packed[node])]
+        self.start_words(node, words)
+
+    def start_words(
+        self, node: int, words: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts something else on a host that starts launchers."""
         with self.logs[node].open("ab") as log:
-            self.launchers[node] = self.bed.start(node, words, stdout=log, stderr=subprocess.STDOUT)
+            self.launchers[node] = self.bed.start(
+                node, words, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
     @property
     def log(self) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,19 @@ def _new_key(file: Path) -> Path:
     return file
 
 
+@dataclass(frozen=True)
+class SSHHosts:
+    """Hosts of which each runs sshd."""
+
+    command: str
+    """It takes the user of the tests from one to another, without a password."""
+    servers: list[int]
+    """The process of each sshd, by host."""
+
+
 @contextlib.contextmanager
-def ssh_hosts(bed: Network, nodes: int, folder: Path) -> Iterator[str]:
-    """Has sshd run on every host; yields the command by which the user of the tests reaches one
-    from another without a password."""
+def ssh_hosts(bed: Network, nodes: int, folder: Path) -> Iterator[SSHHosts]:
+    """Has sshd run on every host."""
     sshd = needs_sshd()
     _SEPARATED.mkdir(mode=0o755, exist_ok=True)
     host_key, user_key = _new_key(folder / "host_key"), _new_key(folder / "user_key")
@@ -55,7 +65,7 @@ def ssh_hosts(bed: Network, nodes: int, folder: Path) -> Iterator[str]:
     try:
         for node in range(nodes):
             _wait_for(bed.words(0, *command, bed.address(node), "true"))
-        yield " ".join(command)
+        yield SSHHosts(" ".join(command), [one.pid for one in servers])
     finally:
         for one in servers:
             one.terminate()

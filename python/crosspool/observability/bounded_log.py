@@ -7,7 +7,7 @@ import time
 
 
 class _Bound:
-    """At most ``lines`` lines in ``seconds`` seconds."""
+    """Counts lines, of which ``lines`` are let through in ``seconds`` seconds."""
 
     def __init__(self, lines: int, seconds: float) -> None:
         self._lines = lines

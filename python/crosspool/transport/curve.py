@@ -20,6 +20,8 @@ from crosspool.transport.deployment_keys import CurveKeys
 
 log = logging.getLogger(__name__)
 bounded = BoundedLog(log)
+failures = BoundedLog(log)
+"""Apart from the others, so that many handshakes that fail leave room for a key that is refused."""
 
 HANDSHAKE_SECONDS = 5.0
 _ZAP = "inproc://zeromq.zap.01"
@@ -124,7 +126,7 @@ class ConnectionMonitor:
         """Logs, within bounds, that handshakes have failed since the last call."""
         for happened in self.happened():
             if happened == "failed":
-                bounded.error(
+                failures.error(
                     "a connection from another host was refused: its handshake failed, as when its "
                     "file of keys is of another deployment"
                 )
