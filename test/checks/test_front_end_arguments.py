@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crosspool.checks import front_end_arguments
 from crosspool.checks.front_end_arguments import check_model_arguments, check_server_arguments
 from crosspool.config.deployment import ConfigError, ModelConfig
+from crosspool.observability import request_spans
 from support.server import DEMO
 
 MODEL = DEMO / "tiny-qwen3-moe"
@@ -140,3 +142,24 @@ def test_folders_of_request_logs(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ConfigError, match=r"^log_requests_target: no log .*/file/c: Not a dir"):
         check_server_arguments({"log_requests_target": [str(file / "c")]})
+
+
+@pytest.mark.parametrize("missing", [*request_spans.MODULES, "opentelemetry"])
+def test_traces_need_an_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``find_spec`` finds nothing, or not even the package that a module would be in."""
+
+    def find(name: str) -> object:
+        if name.startswith(f"{missing}."):
+            raise ModuleNotFoundError(missing)
+        return None if name == missing else object()
+
+    monkeypatch.setattr(front_end_arguments, "find_spec", find)
+    with pytest.raises(ConfigError, match=rf"^enable_trace: {missing}.* 'crosspool\[otel\]'$"):
+        check_server_arguments({"enable_trace": True})
+    check_server_arguments({"enable_trace": False})
+
+
+@pytest.mark.parametrize("key", ["otlp_traces_endpoint", "otlp_service_name"])
+def test_where_traces_go_is_no_use_without_traces(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: .* enable_trace"):
+        check_server_arguments({key: "127.0.0.1:4317"})

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from crosspool.config.process import die_with_parent
-from support.fleet import DEEPSEEK, QWEN, do, state_of, wait_for
+from support.fleet import DEEPSEEK, FLAGS, FOR_TWO, QWEN, do, state_of, wait_for
 from support.server import ROOT, Server, free_port
 
 MONITORING = ROOT / "examples" / "monitoring"
@@ -110,23 +110,32 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def watched(packed: Path) -> Iterator[Server]:
+    """Serves two models that can sleep, with a bound on the weights of each pool."""
+    flags = [*FLAGS, "--packed-cache-dir", str(packed), "--weight-pool-bytes", str(FOR_TWO)]
+    flags += ["--attention-weight-bytes", "32MiB"]
+    with Server(flags, models=(QWEN, DEEPSEEK)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(watched: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has seen requests for two models come, end and be refused, and one of them sleep and be
     woken."""
-    running = Prometheus(server, tmp_path_factory.mktemp("prometheus"))
+    running = Prometheus(watched, tmp_path_factory.mktemp("prometheus"))
     try:
         running.wait_for('up{job="crosspool"} == 1')
         refused = {"model": QWEN, "prompt": "x", "max_tokens": 2, "regex": "("}
-        assert server.post("/v1/completions", refused)[0] == 400
+        assert watched.post("/v1/completions", refused)[0] == 400
         for repeated in range(2):
             time.sleep(3 * OFTEN)  # so that counters are read before and after they grow
             for model in (QWEN, DEEPSEEK):
                 body = {"model": model, "prompt": "a b c", "max_tokens": 8, "ignore_eos": True}
-                assert server.post("/v1/completions", body)[0] == 200
-            assert server.post("/v1/completions", refused)[0] == 400
+                assert watched.post("/v1/completions", body)[0] == 200
+            assert watched.post("/v1/completions", refused)[0] == 400
             if not repeated:
-                do(server, "sleep", DEEPSEEK)
-                wait_for(server, lambda: state_of(server, DEEPSEEK) == "asleep")
+                do(watched, "sleep", DEEPSEEK)
+                wait_for(watched, lambda: state_of(watched, DEEPSEEK) == "asleep")
         time.sleep(3 * OFTEN)
         yield running
     finally:
@@ -148,7 +157,7 @@ def test_rates_have_seen_what_has_happened(prometheus: Prometheus) -> None:
             assert max(prometheus.numbers(filled(query))) > 0, title
 
 
-def test_the_boards_variables_have_values(prometheus: Prometheus, server: Server) -> None:
+def test_the_boards_variables_have_values(prometheus: Prometheus) -> None:
     board = json.loads((MONITORING / "grafana" / "crosspool.json").read_text())
     for variable in board["templating"]["list"]:
         metric, label = re.fullmatch(

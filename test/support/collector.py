@@ -29,14 +29,15 @@ class CollectedSpan:
     service: str
 
 
-class Collector(service.TraceServiceServicer):
+class Collector:
     """Serves at ``endpoint`` within ``with``."""
 
     def __init__(self) -> None:
         self._spans: list[CollectedSpan] = []
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(2))
-        service.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        add: Any = service.add_TraceServiceServicer_to_server
+        add(self, self._server)
         self.endpoint = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def Export(self, request: Any, context: Any) -> Any:

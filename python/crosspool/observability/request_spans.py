@@ -162,4 +162,5 @@ class _CountingExporter:
         self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        return self._exporter.force_flush(timeout_millis)
+        flushed: bool = self._exporter.force_flush(timeout_millis)
+        return flushed

@@ -22,10 +22,12 @@ class RecentSum:
 
     def add(self, amount: int, now: float) -> None:
         """Adds ``amount`` at clock time ``now``, which never goes back."""
-        part = self._expire(now)
-        if self._sums and self._sums[-1][0] == part:
-            amount += self._sums.pop()[1]
-        self._sums.append((part, amount))
+        part = int(now / self._part)
+        if self._sums and self._sums[-1][0] == part:  # as nearly always, and for each token
+            self._sums[-1] = part, self._sums[-1][1] + amount
+        else:
+            self._expire(now)
+            self._sums.append((part, amount))
 
     def total(self, now: float) -> int:
         self._expire(now)
