@@ -158,7 +158,7 @@ def _model(given: ModelOptions, options: Options, where: str) -> tuple[ModelConf
     """Returns a model of a folder, or one of the catalogue by the last part of its path."""
     path = Path(given.path)
     if path.exists():
-        config = model_config(given, options.weight_pool_devices, where)
+        config = model_config(given, options, where)
         return config, spec_of(config)
     file = catalogue.file_of(path.name)
     found = ConfigFile(file).language_part()
