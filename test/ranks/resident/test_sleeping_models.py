@@ -154,6 +154,8 @@ def test_a_checkpoint_that_is_gone_is_told(tmp_path: Path, own: Path, loop: str)
             number = on.step(waiting)
             said = [on.receive()[1] for _ in range(3)]
             assert StepResult(step=number, rows=[], refused=True) in said
+            late = on.step(waiting)  # sent before the scheduler knew
+            assert on.receive()[1] == StepResult(step=late, rows=[], refused=True)
             on.release(waiting)
         assert answers(on, *EVERY[1:]) == before[1:]
         away.rename(own)

@@ -162,6 +162,8 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
         self._results: list[StepResult] = []
         self._held: dict[int, list[Step | Release]] = {}
         """By model that sleeps, the operations that wait for it."""
+        self._refusing: set[int] = set()
+        """Of these, the models whose weights could not be read."""
         self._served = -math.inf
         self._sources: deque[Callable[[], bool]] = deque(
             partial(self._advance, lane) for lane in self._lanes
@@ -176,6 +178,8 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
             super().submit(operation)
         else:
             waiting.append(operation)
+            if operation.model in self._refusing:
+                self._refuse_waiting(operation.model)
 
     def has(self, model: int) -> bool:
         return bool(self._held.get(model)) or super().has(model)
@@ -183,19 +187,26 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     def forget(self, model: int) -> None:
         """A model is gone, which slept."""
         del self._held[model]
+        self._refusing.discard(model)
 
     def hold(self, model: int) -> None:
-        """Lets the operations of a model wait from now on, since its weights go."""
+        """Lets the operations of a model wait from now on, since its weights go or are read."""
         self._held.setdefault(model, [])
+        self._refusing.discard(model)
 
     def resume(self, model: int) -> None:
         """Carries out what has waited for a model's weights."""
         for operation in self._held.pop(model, []):
             self.submit(operation)
 
-    @torch.inference_mode()
     def refuse(self, model: int) -> None:
-        """Ends the steps that have waited for a model's weights."""
+        """Ends the steps that have waited for a model's weights, and those that were sent before
+        the scheduler knew that none come."""
+        self._refusing.add(model)
+        self._refuse_waiting(model)
+
+    @torch.inference_mode()
+    def _refuse_waiting(self, model: int) -> None:
         waiting = self._held[model]
         for operation in waiting:
             if isinstance(operation, Step):

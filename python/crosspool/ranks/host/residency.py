@@ -171,6 +171,7 @@ class HostModels:
             return
         if self._ffn is not None:
             self._ffn.refusing.discard(model)
+        self._executor.hold(model)
         loading = self._loading[model] = _Loading(self._held[model])
         # It ends with the process, whatever it is at.
         threading.Thread(target=self._load, args=(loading,), daemon=True).start()
