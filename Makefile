@@ -116,8 +116,9 @@ test-all: dev ## Runs every test, those marked `slow` too.
 
 test-e2e: TESTS = test/e2e
 test-front: TESTS = $(FRONT_TESTS)
-test-kernels: TESTS = test/kernels
-test-rest: TESTS = test $(patsubst %,--ignore=%,test/e2e test/kernels $(FRONT_TESTS))
+# Where torch comes with Triton, other groups could run its tests, too.
+test-kernels: TESTS = test/kernels $(TRITON_TESTS:%=--ignore=%)
+test-rest: TESTS = test $(patsubst %,--ignore=%,test/e2e test/kernels $(FRONT_TESTS) $(TRITON_TESTS))
 test-triton: TESTS = $(TRITON_TESTS)
 test-triton: export PYTHONPATH = $(TRITON)
 
