@@ -169,10 +169,8 @@ def _dropped(folder: Path, wanted: bool) -> Iterator[None]:
             thread.join()
 
 
-def run_budget(
-    checkpoint: Path, cache: Path, share: float | None, batches: Sequence[int], given: Any
-) -> dict[int, Run]:
-    """Start a device with one budget and measure it with each batch size."""
+def device(checkpoint: Path, cache: Path, share: float | None) -> DeviceDriver:
+    """Start a device with one budget."""
     spec = read_model(checkpoint)
     every = ffn_bytes(spec, _WHOLE, experts=True)
     fields: dict[str, Any] = {"weight_pool_bytes": 2 * ffn_bytes(spec, _WHOLE)}
@@ -180,22 +178,33 @@ def run_budget(
         room = -(-int(share * every) // GRANULE) * GRANULE
         fields |= {"experts": "demand", "expert_pool_bytes": room}
     cores = one_device(sorted(os.sched_getaffinity(0)))
+    return DeviceDriver(
+        [checkpoint],
+        cores.kv,
+        cores.weights,
+        ready_timeout=900.0,
+        packed_cache_dir=str(cache),
+        packed_cache_bytes=64 << 30,
+        kv_pool_bytes=256 << 20,
+        page_size=16,
+        lanes=2,
+        **fields,
+    )
+
+
+def pack(checkpoint: Path, cache: Path) -> None:
+    """Have the packed files written to the disk, which would hold up whoever is measured first."""
+    with device(checkpoint, cache, 1.0):
+        pass
+    os.sync()
+
+
+def run_budget(
+    checkpoint: Path, cache: Path, share: float | None, batches: Sequence[int], given: Any
+) -> dict[int, Run]:
+    """Start a device with one budget and measure it with each batch size."""
     amount = Amount(warm=1, batches=1, tokens=12) if given.quick else Amount()
-    with (
-        DeviceDriver(
-            [checkpoint],
-            cores.kv,
-            cores.weights,
-            ready_timeout=900.0,
-            packed_cache_dir=str(cache),
-            packed_cache_bytes=64 << 30,
-            kv_pool_bytes=256 << 20,
-            page_size=16,
-            lanes=2,
-            **fields,
-        ) as on,
-        _dropped(cache, given.storage),
-    ):
+    with device(checkpoint, cache, share) as on, _dropped(cache, given.storage):
         return {batch: measure(on, batch, amount) for batch in batches}
 
 
@@ -212,6 +221,7 @@ def main(words: Sequence[str] | None = None) -> int:
     (checkpoint,) = models(1, tiny=given.quick, layers=given.layers, skew=given.skew)
     runs: dict[tuple[float | None, int], list[Run]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="crosspool-experts-", dir=checkpoint.parent) as cache:
+        pack(checkpoint, Path(cache))
         for round_ in range(1 if given.quick else given.rounds):
             for share in SHARES:
                 found = run_budget(checkpoint, Path(cache), share, given.batch, given)
