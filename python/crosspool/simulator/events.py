@@ -122,8 +122,6 @@ class _Simulation:
         """Outcomes of the requests that run, by attention rank and the scheduler's number."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
-        self._outcome_of: dict[int, RequestOutcome] = {}
-        """Outcomes of the requests that have come, by their place in the workload."""
 
     def run(self) -> Simulated:
         host, requests = self._host, self._requests
@@ -168,7 +166,6 @@ class _Simulation:
 
     def _arrive(self, place: int) -> None:
         request = self._requests[place]
-        self._outcome_of[place] = self._found.outcomes[place]
         self._core.add(
             GenerateRequest(
                 rid=str(place),
@@ -227,14 +224,14 @@ class _Simulation:
             else:
                 engine.receive(rank, message, self._now)
                 for opened in getattr(message, "opens", ()):
-                    outcome = self._outcome_of[opened.sampling.seed]
+                    outcome = self._found.outcomes[opened.sampling.seed]
                     self._running[rank, opened.request] = outcome
         for output in core.drain_outputs():
             if output.finish is not None:
                 self._end(int(output.rid), output.finish.status)
 
     def _end(self, place: int, status: int) -> None:
-        host, outcome = self._host, self._outcome_of.pop(place)
+        host, outcome = self._host, self._found.outcomes[place]
         outcome.status = status
         if status == 200:
             outcome.end = outcome.last + host.first_token + host.end
