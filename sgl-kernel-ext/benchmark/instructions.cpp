@@ -103,7 +103,8 @@ class Cases {
     std::vector<ExpertGroup> groups(kExperts + 1);
     ExpertPlan plan{groups.data(), slot_row.data(), of.data(), 0, 0};
     const Router router{nullptr, kExperts, kTopK, 1, 1, Score::kSoftmax, GroupScore::kMax, 1, 1.0F};
-    const FFNLayer layer{gate_up.data(), down.data(), nullptr, nullptr, 0, kExperts, kTopK};
+    const FFNLayer layer{gate_up.data(), down.data(), nullptr,  nullptr, nullptr,
+                         nullptr,        0,           kExperts, kTopK,   0.0F};
     const Experts call{.plan = &plan,
                        .x = rows_of(rows, kHidden),
                        .x_stride = kHidden,
@@ -139,7 +140,8 @@ class Cases {
                          plan.partials(),
                          plan.arrivals(),
                          {rows_of(round_up(length, kPageSize), width), 1, kPageSize, width},
-                         0};
+                         0,
+                         nullptr};
     count(name, rows, [&] { k_.attend(call, plan.tasks(0), plan.task_count(0), scratch_); });
   }
 
