@@ -147,8 +147,8 @@ THROUGH_VALUES = {
         "lifespan",
         "set_global_state",
     ),
-    "sglang.srt.managers.tokenizer_manager": ("start_cpu_monitor_thread",),
-    "sglang.srt.managers.detokenizer_manager": ("start_cpu_monitor_thread",),
+    "sglang.srt.managers.tokenizer_manager": ("get_tokenizer", "start_cpu_monitor_thread"),
+    "sglang.srt.managers.detokenizer_manager": ("get_tokenizer", "start_cpu_monitor_thread"),
 }
 """What our sources reach through a value, where reading them does not tell whose it is."""
 

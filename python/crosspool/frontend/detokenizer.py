@@ -45,6 +45,7 @@ _NO_TEXT = "the output cannot be detokenized"
 
 private.one_cpu_monitor(detokenizer_manager)
 private.bounded_messages(detokenizer_manager)
+private.shared_tokenizers(detokenizer_manager)
 
 
 def serve(deployment: Deployment, incarnation: int) -> None:

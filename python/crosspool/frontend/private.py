@@ -34,6 +34,7 @@ from crosspool.frontend.own_messages import (
     Resume,
     SchedulerReplaced,
 )
+from crosspool.frontend.shared_tokenizers import get_tokenizer
 from crosspool.observability.request_spans import RequestSpans, read_traceparent, shut_down
 
 if TYPE_CHECKING:
@@ -122,6 +123,11 @@ def one_cpu_monitor(module: ModuleType) -> None:
     module.start_cpu_monitor_thread = functools.cache(  # type: ignore[attr-defined]
         start_cpu_monitor_thread
     )
+
+
+def shared_tokenizers(module: ModuleType) -> None:
+    """Has the managers of ``module`` share the tokenizers of models whose folders are the same."""
+    module.get_tokenizer = get_tokenizer  # type: ignore[attr-defined]
 
 
 def bounded_messages(module: ModuleType) -> None:

@@ -31,16 +31,17 @@ def think_end(
 
 
 def load_tokenizer(deployment: Deployment, number: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of model ``number``, as SGLang's tokenizer manager would load it.
+    """The tokenizer of model ``number``, as SGLang's tokenizer manager would load it, with other
+    models that have the same one.
 
     Raises ConfigError when its folder has none."""
-    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+    from crosspool.frontend.shared_tokenizers import get_tokenizer
 
     model = deployment.models[number]
     arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
     path = arguments.get("tokenizer_path") or str(model_folder(deployment, number))
     try:
-        tokenizer: PreTrainedTokenizerBase = get_tokenizer(
+        tokenizer = get_tokenizer(
             path,
             tokenizer_mode=arguments.get("tokenizer_mode", "auto"),
             trust_remote_code=arguments.get("trust_remote_code", False),

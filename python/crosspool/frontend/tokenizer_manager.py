@@ -45,6 +45,7 @@ server has given to its request."""
 log = BoundedLog(logging.getLogger(__name__))
 private.one_cpu_monitor(tokenizer_manager)
 private.bounded_messages(tokenizer_manager)
+private.shared_tokenizers(tokenizer_manager)
 
 _SHORT_TEXT = 4096
 """Characters that are tokenized within the event loop: it takes about a millisecond."""
