@@ -6,7 +6,8 @@ they were made from, and beside the time to read their bytes.
 llama.cpp itself quantises the benchmark's checkpoint (``python -m benchmark.peers.install llama``).
 For each type there are decode steps at batch 1 and 8 and a prompt of 2,048 tokens, on two threads
 and in turns. Both programs get the file's path and nothing else of it. Of the types that
-``--pairs`` names, two models decode at once, beside two processes of llama.cpp.
+``--pairs`` names, two models decode at once, beside two processes of llama.cpp. Each type has a
+file of records for each kind of processor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
+from crosspool.kernels.isa import default_isa
 from rich.console import Console
 from rich.progress import Progress
 
@@ -197,18 +199,17 @@ def main(words: Sequence[str] | None = None) -> int:
     plan = QUICK if given.quick else Plan(rounds=given.rounds)
     cores = sorted(os.sched_getaffinity(0))[-2:]
     console = Console(width=200)
-    recorder = Recorder("formats")
+    takes = [(kind, kind, Bench.type) for kind in given.types]
+    takes += [(kind, f"{kind}_two_models", Bench.pair) for kind in given.pairs]
     with Progress(console=console, refresh_per_second=2) as progress:
-        bench = Bench(plan, cores, progress, recorder)
-        takes = [(kind, bench.type) for kind in given.types]
-        takes += [(kind, bench.pair) for kind in given.pairs]
-        for kind, take in takes:
-            comparisons = take(kind)
+        for kind, name, take in takes:
+            recorder = Recorder(f"formats_{default_isa()}_{name.lower()}")
+            comparisons = take(Bench(plan, cores, progress, recorder), kind)
             for comparison in comparisons:
                 record(recorder, comparison)
             console.print(table(kind, comparisons))
-    if not given.quick:
-        recorder.write()
+            if not given.quick:
+                recorder.write()
     return 0
 
 

@@ -99,7 +99,7 @@ def run(folder: Path, *, tokens: int, runs: int) -> tuple[Recorder, str]:
     device = "cpu:" + "+".join(map(str, cores))
     flags = [
         *("--kv-pool-devices", device, "--weight-pool-devices", device),
-        *("--kv-pool-bytes", "512MiB", *STREAM_FLAGS),
+        *("--kv-pool-bytes", "512MiB", "--context-length", "4096", *STREAM_FLAGS),
     ]
     recorder, held, load1 = Recorder("large"), Held(), machine.load1()
     parameters = {"tokens": tokens, "cores": len(cores)}

@@ -2,6 +2,7 @@
 
     python -m benchmark.fleet first-token [--layers 16] [--rounds 5]
     python -m benchmark.fleet beside [--layers 4] [--rate 0.5] [--seconds 20] [--rounds 5] [--loads]
+                                     [--own-tokenizer]
     python -m benchmark.fleet cycles [--cycles 1000] [--registered 100]
     python -m benchmark.fleet registered [--layers 4] [--registered 100] [--rounds 10]
     python -m benchmark.fleet prefixes [--layers 4] [--rounds 5]
@@ -14,7 +15,8 @@
 ``first-token`` takes the time from a request to its first token while its model is resident and
 while it is asleep, and the bytes/s of the wake. ``beside`` compares the time between tokens of two
 models while a third wakes and sleeps all the time with that without; with ``--loads``, the third
-is loaded before and unloaded after each time. ``cycles`` loads, wakes and unloads a tiny model
+is loaded before and unloaded after each time. The three have one tokenizer, unless the third has
+its own with ``--own-tokenizer``. ``cycles`` loads, wakes and unloads a tiny model
 many times beside two that answer, and tells what is left of it, and what models take that are
 registered and never woken. ``registered`` compares a server of one model with one that has
 ``--registered`` tiny models more: their start, their memory, and what a token of the one takes.
@@ -69,6 +71,7 @@ def main() -> int:
     given.add_argument("--seconds", type=float, default=20.0, help="length of a turn")
     given.add_argument("--rounds", type=int, default=5)
     given.add_argument("--loads", action="store_true", help="load and unload the third, too")
+    given.add_argument("--own-tokenizer", action="store_true", help="of the third model")
     given = programs.add_parser("cycles", parents=[common])
     given.add_argument("--cycles", type=int, default=1000)
     given.add_argument("--registered", type=int, default=100, help="models loaded at the end")
@@ -115,7 +118,7 @@ def _measure(given: argparse.Namespace) -> tuple[str, Recorder]:
         case "beside":
             paired = beside.run(
                 layers=layers, tiny=tiny, rate=given.rate, seconds=given.seconds,
-                rounds=given.rounds, loads=given.loads,
+                rounds=given.rounds, loads=given.loads, own_tokenizer=given.own_tokenizer,
             )  # fmt: skip
             return beside.told(paired), beside.record(paired, model, parameters)
         case "cycles":

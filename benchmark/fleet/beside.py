@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,36 @@ def _changing(server: Fleet, folder: Path, result: Result, *, loads: bool) -> It
         raise problems[0]
 
 
+def _with_own_tokenizer(folder: Path, parent: Path) -> Path:
+    """Return a folder of the same name and content in ``parent``, but for a tokenizer that is not
+    known to be the same."""
+    other = parent / folder.name
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).symlink_to(path)
+    config = other / "tokenizer_config.json"
+    text = config.read_text()
+    config.unlink()
+    config.write_text(f"{text}\n")
+    return other
+
+
 def run(
-    *, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: int, loads: bool = False
-) -> Result:
-    """Take ``rounds`` turns of both cases, each with the same requests at the same times."""
+    *, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: int,
+    loads: bool = False, own_tokenizer: bool = False,
+) -> Result:  # fmt: skip
+    """Take ``rounds`` turns of both cases, each with the same requests at the same times. All
+    models have the same tokenizer, unless the third has its ``own_tokenizer``."""
     folders = checkpoint.models(3, tiny=tiny, layers=layers)
+    with TemporaryDirectory() as parent:
+        if own_tokenizer:
+            folders[2] = _with_own_tokenizer(folders[2], Path(parent))
+        return _take_turns(folders, rate=rate, seconds=seconds, rounds=rounds, loads=loads)
+
+
+def _take_turns(
+    folders: list[Path], *, rate: float, seconds: float, rounds: int, loads: bool
+) -> Result:
     result = Result()
     with Fleet(folders, 3, ["--lanes", "3"]) as server, Progress(refresh_per_second=2) as progress:
         busy = server.names[:2]
@@ -112,7 +138,8 @@ def run(
 
 
 def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
-    recorder = Recorder("fleet_loads" if result.load_seconds else "fleet_beside")
+    name = "fleet_loads" if result.load_seconds else "fleet_beside"
+    recorder = Recorder(f"{name}_own_tokenizer" if parameters["own_tokenizer"] else name)
     for case in CASES:
         more: dict[str, Any] = {}
         if case == "beside":
