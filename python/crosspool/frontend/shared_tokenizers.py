@@ -32,8 +32,10 @@ def get_tokenizer(path: str, **arguments: Any) -> PreTrainedTokenizerBase:
     with the same ``arguments``.
 
     Raises what SGLang's function raises."""
+    tokenizer: PreTrainedTokenizerBase
     if not Path(path).is_dir():
-        return read_tokenizer(path, **arguments)
+        tokenizer = read_tokenizer(path, **arguments)
+        return tokenizer
     with _lock:
         key = _content(Path(path), arguments)
         in_use = _tokenizers.setdefault(key, WeakSet())
