@@ -127,7 +127,12 @@ def one_cpu_monitor(module: ModuleType) -> None:
 
 def shared_tokenizers(module: ModuleType) -> None:
     """Has the managers of ``module`` share the tokenizers of models whose folders are the same."""
-    module.get_tokenizer = get_tokenizer  # type: ignore[attr-defined]
+
+    @functools.wraps(module.get_tokenizer)
+    def shared(path: str, **arguments: Any) -> Any:
+        return get_tokenizer(path, **arguments)
+
+    module.get_tokenizer = shared  # type: ignore[attr-defined]
 
 
 def bounded_messages(module: ModuleType) -> None:
