@@ -52,9 +52,9 @@ def _content(folder: Path, arguments: dict[str, Any]) -> bytes:
     digest = hashlib.blake2b(repr(sorted(arguments.items())).encode())
     for path in sorted(folder.rglob("*")):
         if path.suffix in _SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(folder)} {len(content)} ".encode())
-            digest.update(content)
+            digest.update(f"{path.relative_to(folder)} ".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, hashlib.blake2b).digest())
     return digest.digest()
 
 
